@@ -1,0 +1,41 @@
+# make demo    trains, evaluates and compares the first system on generated data
+# make test    every test
+# make lint    ruff and pyright
+# make bench   claims over seeds (long)
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test lint bench requirements clean
+
+demo: .venv/train
+	$(BIN)/python -m benchmarks.demo --workdir=runs/demo
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/train
+	$(BIN)/python -m benchmarks.claims texture_suppression
+
+.venv/train: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/test: requirements-test.txt .venv/train
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+# Needs uv. The pins hold for Python 3.11 and later on every platform.
+requirements:
+	uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra train pyproject.toml requirements.in -o requirements.txt
+	uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --extra train --extra test -c requirements.txt pyproject.toml requirements.in -o requirements-test.txt
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Vision systems that learn shape rather than texture."""

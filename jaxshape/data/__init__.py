@@ -1,0 +1,1 @@
+"""Deterministic streams of batches and where they come from."""

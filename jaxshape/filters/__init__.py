@@ -1,0 +1,1 @@
+"""Image to image: smoothing, suppression and degradation of texture."""

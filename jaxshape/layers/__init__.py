@@ -1,0 +1,1 @@
+"""Flax modules around the functions of the areas."""

@@ -1,0 +1,1 @@
+"""Differentiable penalties, one value per example."""

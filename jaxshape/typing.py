@@ -1,0 +1,41 @@
+"""Shapes as annotations, and the decorator that checks them on every call.
+
+Notation: `Float[Array, "batch height width channels"]` names the axes; the same
+name means the same size within one call; `*batch` stands for any number of
+leading axes; a leading space marks a single axis (`" n"`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from beartype import beartype
+import jax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Num, UInt8
+from jaxtyping import jaxtyped
+import numpy as np
+
+__all__ = [
+  "Array",
+  "ArrayLike",
+  "Batch",
+  "Bool",
+  "Float",
+  "Image",
+  "Int",
+  "Key",
+  "Metrics",
+  "Num",
+  "PyTree",
+  "UInt8",
+  "typed",
+]
+
+PyTree = Any
+Image = Num[ArrayLike, "*batch height width channels"]
+# Every leaf holds examples along its first axis; "mask" marks padding with 0.
+Batch = Mapping[str, jax.Array | np.ndarray]
+Metrics = Mapping[str, jax.Array]  # Scalars.
+
+# The error names the function, the argument, the shape that came and the axes
+# bound so far. Costs nothing under jit and some 80 us per eager call.
+typed = jaxtyped(typechecker=beartype)
