@@ -51,13 +51,14 @@ class Evaluator:
       object, and its output has to be exact whatever the batch size: sums, or
       rows together with their mask.
     summarize: The numbers to report, from the outputs of all batches (NumPy).
-    pictures: Figures that a person would rather look at than at the numbers.
+    pictures: Figures that a person would rather look at than at the numbers,
+      from the state and the outputs of all batches.
   """
 
   data: Callable[[], Iterator[Batch]]
   step: Callable[[TrainState, Batch], PyTree]
   summarize: Callable[[Sequence[PyTree]], Mapping[str, float]]
-  pictures: "Callable[[TrainState], Mapping[str, Figure]] | None" = None
+  pictures: "Callable[[TrainState, Sequence[PyTree]], Mapping[str, Figure]] | None" = None
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]

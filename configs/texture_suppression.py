@@ -1,0 +1,178 @@
+"""Texture suppression (Mishra et al., 2020); the modes are data sets.
+
+python train.py --config=configs/texture_suppression.py:small --workdir=runs/x
+
+Every variant of the paper is a value of `config.suppression`:
+  baseline                --config.suppression.policy=original
+  "Only Anisotropic"      --config.suppression.policy=filtered
+  MoCo's share, Sec. 4.1  --config.suppression.policy=probability
+                          --config.suppression.iterations=10,20
+  Gaussian blur           --config.suppression.filter=gaussian
+  fine-tuning, Sec. 4     --config=...:small_finetune --config.init_from=runs/x
+"""
+
+from ml_collections import ConfigDict
+
+from jaxshape.engine import settings
+
+MODES = (
+  "imagenet",
+  "imagenet_finetune",
+  "cifar",
+  "small",
+  "small_finetune",
+  "tiny",
+)
+
+
+def get_config(mode: str = "imagenet") -> ConfigDict:
+  """The config of a mode, one of `MODES`."""
+  if mode not in MODES:
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+  config = settings.defaults()
+  config.system = "texture_suppression"
+
+  config.backbone = "resnet50"  # Sec. 4; also resnet18, resnet34.
+  config.width = 0  # 0 for the backbone's own.
+  config.stem = ""
+  config.dtype = "float32"  # bfloat16 on accelerators.
+  config.mean = (123.675, 116.28, 103.53)  # Of ImageNet, 0..255.
+  config.std = (58.395, 57.12, 57.375)
+  config.label_smoothing = 0.0
+
+  config.suppression = ConfigDict()
+  config.suppression.policy = "union"  # Sec. 3: "Anisotropic ImageNet".
+  config.suppression.probability = 0.5  # Sec. 4.1, of policy=probability.
+  config.suppression.filter = "perona_malik"  # Or gaussian.
+  config.suppression.kappa = 20.0  # Sec. 4.
+  config.suppression.step_size = 0.1  # MedPy's default.
+  config.suppression.iterations = (20, 20)  # Sec. 4; drawn from low..high.
+  config.suppression.conduction = "exponential"  # Eq. 2.
+  config.suppression.sigma = (10.0, 20.0)  # Sec. 4.2.2, at 224 px.
+
+  config.data = ConfigDict()
+  config.data.source = "tfds:imagenet2012"
+  config.data.data_dir = ""
+  config.data.image_size = 224
+  config.data.train_split = "train"
+  config.data.eval_splits = ("validation",)
+  config.data.workers = 8
+  config.data.options = ConfigDict()  # What the source takes besides.
+
+  config.augment = ConfigDict()  # On the device, after the filter.
+  config.augment.random_resized_crop = ConfigDict({"size": 224})
+  config.augment.horizontal_flip = ConfigDict()
+
+  config.bench = ConfigDict()
+  config.bench.cue_conflict = ""  # The split with both labels.
+  config.bench.corruption_split = "validation"
+  config.bench.corruptions = ()
+  config.bench.severities = (1, 2, 3, 4, 5)
+  config.bench.saliency = ("validation",)
+
+  config.batch_size = 256  # Sec. 4, after He et al. (2016).
+  config.steps = 450_000  # 45 epochs of the union of 2 x 1.28 M images.
+  config.save_every = 2000
+  config.eval_every = 10_000
+  config.best_metric = "validation/top1"
+  config.optimizer.name = "sgd"
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.momentum = 0.9
+  config.optimizer.weight_decay = 5e-4
+  config.optimizer.schedule = "steps"
+  config.optimizer.boundaries = (150_000, 300_000)
+  config.optimizer.factor = 0.1
+
+  if mode == "imagenet_finetune":
+    config.suppression.policy = "original"
+    config.steps = 50_000
+    config.optimizer.learning_rate = 0.001
+    config.optimizer.boundaries = (25_000,)
+  if mode == "cifar":
+    config.backbone = "resnet18"
+    config.stem = "small"
+    config.mean = (125.3, 123.0, 113.9)
+    config.std = (63.0, 62.1, 66.7)
+    config.suppression.sigma = (1.0, 2.0)
+    config.data.source = "tfds:cifar10"
+    config.data.image_size = 32
+    config.data.eval_splits = ("test",)
+    config.data.workers = 0
+    config.augment = ConfigDict()
+    config.augment.random_crop = ConfigDict({"padding": 4})
+    config.augment.horizontal_flip = ConfigDict()
+    config.bench.corruption_split = "test"
+    config.bench.corruptions = CORRUPTIONS
+    config.bench.saliency = ("test",)
+    config.steps = 78_000  # 100 epochs of the union.
+    config.best_metric = "test/top1"
+    config.optimizer.schedule = "cosine"
+    config.optimizer.total_steps = config.steps
+  if mode in ("small", "small_finetune", "tiny"):
+    _generated(config)
+  if mode == "small_finetune":
+    config.suppression.policy = "original"
+    config.steps = 150
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.total_steps = config.steps
+  if mode == "tiny":
+    config.width = 4
+    config.steps = 6
+    config.batch_size = 16
+    config.log_every = 2
+    config.save_every = 3
+    config.data.image_size = 32
+    config.data.options.num_examples = 40
+    config.suppression.iterations = (2, 4)
+    config.bench.corruptions = ("gaussian_noise", "contrast")
+    config.bench.severities = (3,)
+    config.augment.random_crop.padding = 2
+    config.optimizer.total_steps = config.steps
+    config.optimizer.warmup_steps = 2
+  return config
+
+
+CORRUPTIONS = (
+  "gaussian_noise",
+  "shot_noise",
+  "impulse_noise",
+  "gaussian_blur",
+  "contrast",
+  "brightness",
+  "pixelate",
+)
+
+
+def _generated(config: ConfigDict) -> None:
+  """Minutes on two cores: a small network on `textured_shapes`."""
+  config.backbone = "resnet14"
+  config.width = 16
+  config.mean = (127.5, 127.5, 127.5)
+  config.std = (64.0, 64.0, 64.0)
+  config.suppression.sigma = (1.0, 4.0)  # 10..20 at 224 px, for 64 px.
+  config.data.source = "textured_shapes"
+  config.data.image_size = 64
+  config.data.eval_splits = (
+    "test",
+    "texture_shift",
+    "outline",
+    "silhouette",
+  )
+  config.data.workers = 0
+  config.augment = ConfigDict()
+  config.augment.random_crop = ConfigDict({"padding": 6})
+  config.augment.horizontal_flip = ConfigDict()
+  config.bench.cue_conflict = "cue_conflict"
+  config.bench.corruption_split = "test"
+  config.bench.corruptions = CORRUPTIONS
+  config.bench.severities = (1, 3, 5)
+  config.bench.saliency = ("test", "outline")
+  config.batch_size = 64
+  config.steps = 800
+  config.save_every = 200
+  config.eval_every = 0
+  config.best_metric = ""
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = "cosine"
+  config.optimizer.total_steps = config.steps
+  config.optimizer.warmup_steps = 50

@@ -1,0 +1,105 @@
+"""Evaluates checkpoints through the evaluators that training uses.
+
+python eval.py --workdir=runs/a                a report of one run
+python eval.py --workdir=runs/a,runs/b         the same, side by side
+
+Writes `metrics.json`, the figures and one self-contained `report.html`.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+import jax
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from jaxshape import system as system_lib
+from jaxshape.engine import checkpoints, command, logs, report, runtime
+from jaxshape.errors import InputError
+
+
+def evaluate(
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  pictures: bool = True,
+) -> report.Result:
+  """Runs every evaluator of a system on a checkpoint.
+
+  Args:
+    config: As for training.
+    workdir: The run's folder.
+    step: Which checkpoint; the newest intact one by default.
+    pictures: Whether to draw.
+
+  Returns:
+    All numbers, named "<evaluator>/<metric>", and all figures.
+
+  Raises:
+    InputError: There is no intact checkpoint, though the system trains.
+  """
+  mesh = runtime.make_mesh(config.mesh)
+  runtime.check_batch_size(config.batch_size, mesh)
+  system = system_lib.load(config)
+  key, _ = jax.random.split(jax.random.key(config.seed))
+  if system.train_step is None:
+    state = runtime.initialize(system.init, key, mesh)
+  else:
+    saved = checkpoints.Checkpoints(workdir)
+    like = runtime.abstract_state(system.init, key, mesh)
+    restored = saved.restore(like, system=config.system, step=step)
+    if restored is None:
+      raise InputError(
+        f"{saved.folder} holds no checkpoint; train first with train.py "
+        f"--workdir={os.fspath(workdir)}"
+      )
+    state = restored[0]
+  metrics, figures = {}, {}
+  for name, evaluator in tqdm(
+    system.evaluators.items(), unit="evaluator", disable=None
+  ):
+    numbers, outputs = runtime.evaluate(evaluator, state, mesh)
+    metrics |= {f"{name}/{k}": v for k, v in numbers.items()}
+    if pictures and evaluator.pictures is not None:
+      drawn = evaluator.pictures(state, outputs)
+      figures |= {f"{name}-{k}": figure for k, figure in drawn.items()}
+  return report.Result(
+    name=pathlib.PurePath(os.fspath(workdir)).name,
+    step=int(state.step),
+    metrics=metrics,
+    pictures=figures,
+    history=logs.read(workdir),
+    config=config.to_dict(),
+  )
+
+
+def main() -> None:
+  """The command line."""
+  values = flags.FLAGS
+  if not values.workdir:
+    raise InputError("name the run to evaluate with --workdir=runs/<name>.")
+  results = []
+  for workdir in values.workdir:
+    config = values.config or command.read_config(workdir)
+    results.append(evaluate(config, workdir, step=values.checkpoint))
+  names = [result.name for result in results]
+  if len(set(names)) < len(names):
+    raise InputError(
+      f"the folders must differ in their last part, got {', '.join(names)}."
+    )
+  output = values.output or os.path.join(values.workdir[0], "eval")
+  page = report.write(output, results, title=" against ".join(names))
+  print(report.text_table(results))  # noqa: T201 (this is the answer)
+  print(f"report: {page}")  # noqa: T201
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "A file[:mode] of configs/ instead of the run's own config."
+  )
+  flags.DEFINE_list("workdir", None, "One run, or several with commas between.")
+  flags.DEFINE_integer("checkpoint", None, "A step; else the newest.")
+  flags.DEFINE_string("output", None, "Folder to write; <workdir>/eval if not.")
+  command.run(main)

@@ -1,0 +1,331 @@
+"""Images in folders, one folder per class: anybody's own data.
+
+Either `<root>/<split>/<class>/...` or `<root>/<class>/...`, with any nesting
+below a class; without class folders the images have no labels (-1). Hidden
+files and files that are no images are not looked at. Classes and files are
+sorted by name, so that the numbers do not depend on the disk that lists them.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent import futures
+import difflib
+import logging
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+from jaxshape.data import decode
+from jaxshape.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# Folder names that are splits rather than classes if all their siblings are.
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+class Folder:
+  """The images of one split.
+
+  Attributes:
+    classes: Names of the labels, in order; empty if there are none.
+    files: Paths below `root`, in the order of the examples.
+    labels: One per file, -1 if unknown.
+    root: The folder of this split.
+  """
+
+  def __init__(
+    self,
+    root: pathlib.Path,
+    files: Sequence[str],
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    *,
+    decoder: decode.Decoder,
+    skip_damaged: bool = False,
+    cache: int = 0,
+  ):
+    self.root, self.files, self.labels = root, files, labels
+    self.classes = classes
+    self._decoder = decoder
+    self._skip_damaged = skip_damaged
+    self._cache = decode.make_cache(cache, decoder)
+    self._damaged: dict[int, str] = {}
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, i: int) -> decode.Example:
+    return self._example(i, None)
+
+  @property
+  def sample(
+    self,
+  ) -> Callable[[int, np.random.Generator], decode.Example] | None:
+    """Gives example i with a box drawn by a generator, if boxes are drawn."""
+    return self._example if self._decoder.crop == "random" else None
+
+  @property
+  def damaged(self) -> tuple[str, ...]:
+    """The damaged files met so far by this process, in their order."""
+    with self._lock:
+      return tuple(self.files[i] for i in sorted(self._damaged))
+
+  def __getstate__(self) -> dict:
+    return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+  def __setstate__(self, state: dict):
+    self.__dict__.update(state)
+    self._lock = threading.Lock()
+
+  def _example(self, i: int, rng: np.random.Generator | None) -> decode.Example:
+    n = len(self.files)
+    if not 0 <= i < n:
+      raise IndexError(f"example must be in 0..{n - 1}, got {i}.")
+    if not self._skip_damaged:
+      return self._read(i, rng)
+    for j in (*range(i, n), *range(i)):
+      if j in self._damaged:
+        continue
+      try:
+        example = self._read(j, rng)
+      except decode.DamagedError as error:
+        self._note(j, str(error))
+        continue
+      # The neighbour that stands in counts in training, but evaluation sees
+      # each example once.
+      return {**example, "mask": np.float32(i == j)}
+    raise InputError(f"{self.root}: all {n} images are damaged.")
+
+  def _read(self, i: int, rng: np.random.Generator | None) -> decode.Example:
+    return self._cache.get(i, lambda: self._decode(i, rng))
+
+  def _decode(self, i: int, rng: np.random.Generator | None) -> decode.Example:
+    path = self.root / self.files[i]
+    if not path.is_file():  # A pipe named x.jpg would wait for ever.
+      raise InputError(f"{path} is gone or is no regular file.")
+    try:
+      file = path.open("rb")
+    except OSError as error:
+      raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
+      image = self._decoder(file, name=str(path), rng=rng)
+    return {"image": image, "label": self.labels[i]}
+
+  def _note(self, i: int, message: str) -> None:
+    with self._lock:
+      if new := i not in self._damaged:
+        self._damaged[i] = message
+      count = len(self._damaged)
+    if new:
+      logging.warning("Skipped (%d so far): %s", count, message)
+
+
+def open_source(
+  name: str,
+  *,
+  split: str,
+  image_size: int,
+  data_dir: str | None = None,
+  classes: Sequence[str] | None = None,
+  skip_damaged: bool = False,
+  resize_to: int | None = None,
+  interpolation: str = "bilinear",
+  crop: str = "center",
+  scale: tuple[float, float] = (0.08, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  max_pixels: int = 50_000_000,
+  cache: int = 0,
+) -> Folder:
+  """Opens a folder of images.
+
+  Args:
+    name: The folder; `~` is expanded.
+    split: A folder below it, where there are splits.
+    image_size: See `decode.Decoder`, like all options not named here.
+    data_dir: What a relative `name` starts from.
+    classes: Labels in a fixed order, for data of another domain; folders of
+      other names are refused. By default the folders' names, sorted.
+    skip_damaged: Whether the next intact image stands in for a damaged one,
+      which is then listed in `damaged`, instead of an error.
+    resize_to: See `decode.Decoder`.
+    interpolation: See `decode.Decoder`.
+    crop: See `decode.Decoder`.
+    scale: See `decode.Decoder`.
+    ratio: See `decode.Decoder`.
+    max_pixels: See `decode.Decoder`.
+    cache: Bytes of memory for decoded images; 0 decodes anew each time.
+
+  Returns:
+    A source of "image" and "label"; with `skip_damaged` also "mask", 0 where
+    another image stands in.
+
+  Raises:
+    InputError: There is no such folder or split, or it holds no images.
+  """
+  decoder = decode.Decoder(
+    image_size=image_size,
+    resize_to=resize_to,
+    interpolation=interpolation,
+    crop=crop,
+    scale=scale,
+    ratio=ratio,
+    max_pixels=max_pixels,
+  )
+  try:
+    root = _split_folder(_root(name, data_dir), split)
+    files, labels, found = _scan(root, classes)
+  except OSError as error:
+    raise InputError(f"{error.filename}: {error.strerror}.") from error
+  return Folder(
+    root,
+    files,
+    labels,
+    found,
+    decoder=decoder,
+    skip_damaged=skip_damaged,
+    cache=cache,
+  )
+
+
+def verify(source: Folder, *, threads: int = 8) -> list[str]:
+  """Decodes every image of a folder once.
+
+  Args:
+    source: What `open_source` gave.
+    threads: How many images at a time.
+
+  Returns:
+    The damaged files (paths below `source.root`) in their order; what is wrong
+    with each is logged.
+  """
+
+  def is_damaged(i: int) -> bool:
+    try:
+      source._decode(i, None)
+    except decode.DamagedError as error:
+      logging.warning("%s", error)
+      return True
+    return False
+
+  with futures.ThreadPoolExecutor(threads) as pool:
+    flags = pool.map(is_damaged, range(len(source)))
+    return [f for f, bad in zip(source.files, flags, strict=True) if bad]
+
+
+def _root(name: str, data_dir: str | None) -> pathlib.Path:
+  if not name:
+    raise InputError("folder needs a path: folder:/path/to/images.")
+  root = (
+    pathlib.Path(data_dir or "").expanduser() / pathlib.Path(name).expanduser()
+  )
+  if root.is_dir():
+    return root
+  if root.exists():
+    raise InputError(
+      f"{root} is a file; give the folder that holds the images."
+    )
+  parent = root.parent
+  while not parent.is_dir():
+    parent = parent.parent
+  missing = root.relative_to(parent).parts[0]
+  there = _folders(parent)
+  near = difflib.get_close_matches(missing, there, cutoff=0.5) or there
+  raise InputError(
+    f"There is no folder {root}; {parent.absolute()} has "
+    f"{_some(near) or 'no folders'}."
+  )
+
+
+def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
+  """The folder of the classes, which `split` may or may not name."""
+  children = _folders(root)
+  # A class may be called "train", too: then it has siblings that are no splits
+  # and no folders of its own.
+  only_splits = bool(children) and all(c.lower() in SPLITS for c in children)
+  if split in children and (only_splits or _folders(root / split)):
+    return root / split
+  splits = [
+    c
+    for c in children
+    if only_splits or (c.lower() in SPLITS and _folders(root / c))
+  ]
+  if splits:
+    raise InputError(
+      f"{root} has no split {split!r}; there are: {_some(splits)}."
+    )
+  return root
+
+
+def _scan(
+  root: pathlib.Path, classes: Sequence[str] | None
+) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+  folders = _folders(root)
+  loose = sorted(
+    e.name for e in os.scandir(root) if _is_image(e.name) and not e.is_dir()
+  )
+  if not folders:
+    if not loose:
+      raise InputError(
+        f"{root} holds neither class folders nor images "
+        f"({' '.join(EXTENSIONS)})."
+      )
+    return loose, np.full(len(loose), -1, np.int32), tuple(classes or ())
+  if loose:
+    logging.warning(
+      "%s: %d images beside the class folders are not used (%s).",
+      root,
+      len(loose),
+      _some(loose),
+    )
+  order = tuple(folders if classes is None else classes)
+  if unknown := [f for f in folders if f not in order]:
+    raise InputError(
+      f"{root} has folders that are not in classes: {_some(unknown)}."
+    )
+  files, labels = [], []
+  for folder in folders:
+    images = _images(root, folder)
+    if not images:
+      raise InputError(
+        f"The class folder {root / folder} has no images "
+        f"({' '.join(EXTENSIONS)}); fill or remove it."
+      )
+    files += images
+    labels += [order.index(folder)] * len(images)
+  return files, np.asarray(labels, np.int32), order
+
+
+def _images(root: pathlib.Path, folder: str) -> list[str]:
+  found, seen = [], set()
+
+  def refuse(error: OSError) -> None:
+    raise error
+
+  walk = os.walk(root / folder, onerror=refuse, followlinks=True)
+  for parent, below, names in walk:
+    status = os.stat(parent)
+    if (status.st_dev, status.st_ino) in seen:  # A link back to itself.
+      below.clear()
+      continue
+    seen.add((status.st_dev, status.st_ino))
+    below[:] = sorted(name for name in below if not name.startswith("."))
+    place = pathlib.Path(parent).relative_to(root).as_posix()
+    found += [f"{place}/{name}" for name in names if _is_image(name)]
+  return sorted(found)
+
+
+def _folders(root: pathlib.Path) -> list[str]:
+  return sorted(
+    e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."
+  )
+
+
+def _is_image(name: str) -> bool:
+  return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+  more = f", ... ({len(names)} in all)" if len(names) > count else ""
+  return ", ".join(names[:count]) + more

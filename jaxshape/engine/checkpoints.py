@@ -1,0 +1,482 @@
+"""Checkpoints that are whole or not there, and that say when they are damaged.
+
+Orbax writes each step into a folder of its own and renames it when it is
+complete, but it reads back flipped bits without a word and one damaged file
+can hide every step. So a digest of every leaf is stored in the step and
+compared on load, steps are listed here, and the newest intact one is used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import fcntl
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import socket
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import xxhash
+
+from jaxshape.engine.optimizers import path_name
+from jaxshape.errors import InputError
+from jaxshape.system import TrainState
+from jaxshape.typing import PyTree
+
+FOLDER = "checkpoints"
+_METADATA = "_CHECKPOINT_METADATA"
+_TEMPORARY = re.compile(r"^\d+\.orbax-checkpoint-tmp")
+
+
+class SaveError(InputError):
+  """A checkpoint could not be written; threads of the writer may still hang."""
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Only the process that trains may save; `lock` keeps a second one away.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    keep: int = 2,
+    best_metric: str = "",
+    best_mode: str = "max",
+  ):
+    """Looks into a run's folder.
+
+    Args:
+      workdir: The run's folder, local or on a bucket.
+      keep: Number of the newest steps to keep, at least 1.
+      best_metric: The step that is best by this metric is kept too.
+      best_mode: "max" or "min".
+    """
+    if keep < 1:
+      raise InputError(f"config.keep must be at least 1, got {keep}.")
+    if best_mode not in ("max", "min"):
+      raise InputError(
+        f"config.best_mode must be max or min, got {best_mode!r}."
+      )
+    self.folder = _absolute(workdir) / FOLDER
+    self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
+    self._pending: tuple[int, Any] | None = None
+
+  def steps(self) -> list[int]:
+    """The finished steps on disk, oldest first, intact or not."""
+    if not self.folder.is_dir():
+      return []
+    names = [p.name for p in self.folder.iterdir() if p.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def metadata(self, step: int) -> Mapping[str, Any]:
+    """What was stored beside the state of a step: config, metrics, versions."""
+    text = (self.folder / str(step) / _METADATA).read_text()
+    stored = json.loads(text)["custom_metadata"]
+    if stored["digest"] != _digest(stored["json"].encode()):
+      raise ValueError("its digest differs")
+    return json.loads(stored["json"])
+
+  def save(
+    self,
+    state: TrainState,
+    *,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+  ) -> None:
+    """Begins to write a state; `wait`, or the next save, says how it went.
+
+    Args:
+      state: May be donated as soon as this returns.
+      config: The run's config, stored in the step.
+      metrics: Of this step; `best_metric` is looked up in them.
+
+    Raises:
+      SaveError: This save or the one before it failed.
+    """
+    self.wait()
+    step = int(state.step)
+    metadata = {
+      "leaves": describe(state),
+      "config": dict(config),
+      "system": config["system"],
+      "metrics": {k: float(v) for k, v in metrics.items()},
+      "versions": versions(),
+    }
+    path = self.folder / str(step)
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._clear(step)
+      text = json.dumps(metadata)
+      response = ocp.save_async(
+        path,
+        state,
+        custom_metadata={"json": text, "digest": _digest(text.encode())},
+      )
+    except Exception as error:
+      raise SaveError(_why(path, error)) from error
+    self._pending = (step, response)
+
+  def wait(self) -> None:
+    """Waits until the save under way is on disk, then drops old steps."""
+    if self._pending is None:
+      return
+    step, response = self._pending
+    self._pending = None
+    path = self.folder / str(step)
+    try:
+      response.result()
+      _synchronize(path)
+    except Exception as error:
+      raise SaveError(_why(path, error)) from error
+    if jax.process_index() == 0:
+      for old in set(self.steps()) - self._kept():
+        (self.folder / str(old)).rmtree()
+
+  def best(self) -> int | None:
+    """The step with the best value of `best_metric`, if any has it."""
+    values = {}
+    for step in self.steps():
+      # What cannot be read is not the best.
+      with contextlib.suppress(Exception):
+        values[step] = self.metadata(step)["metrics"][self.best_metric]
+    if not values:
+      return None
+    sign = 1 if self.best_mode == "max" else -1
+    return max(values, key=lambda step: (sign * values[step], step))
+
+  def restore(
+    self, like: TrainState, *, system: str, step: int | None = None
+  ) -> tuple[TrainState, Mapping[str, Any]] | None:
+    """Loads the newest intact step.
+
+    Args:
+      like: Shapes, dtypes and shardings to restore to.
+      system: The name of the system that the state has to be of.
+      step: This step alone, and no other.
+
+    Returns:
+      The state and what was stored beside it; None if there is no step at all.
+
+    Raises:
+      InputError: The step is not there, no step is intact, or the checkpoint
+        is of another system or of other shapes.
+    """
+    steps = self.steps()
+    if step is not None:
+      if step not in steps:
+        raise InputError(
+          f"{self.folder} holds no step {step}; it holds: "
+          + (", ".join(map(str, steps)) or "none")
+        )
+      steps = [step]
+    damaged = []
+    for number in reversed(steps):
+      try:
+        metadata = self.metadata(number)
+        stored = metadata["leaves"]
+      except Exception as error:
+        damaged.append(f"{number} ({_METADATA}: {_first_line(error)})")
+        continue
+      self._compare(number, metadata, like, system)
+      try:
+        with _quiet():
+          state = ocp.load(self.folder / str(number), like)
+        found = describe(state)
+        wrong = [path for path in stored if stored[path] != found[path]]
+        if wrong:
+          raise ValueError(f"the digest of {wrong[0]} differs")
+      except Exception as error:
+        damaged.append(f"{number} ({_first_line(error)})")
+        continue
+      if damaged:
+        logging.warning(
+          "%s: skipped damaged checkpoints %s; step %d is used.",
+          self.folder,
+          ", ".join(damaged),
+          number,
+        )
+      return state, metadata
+    if damaged:
+      raise InputError(
+        f"{self.folder} holds no intact checkpoint: {', '.join(damaged)}; "
+        "delete the folder to start anew."
+      )
+    return None
+
+  def _clear(self, step: int) -> None:
+    """Removes what a killed save left, and steps that can only be damaged."""
+    if jax.process_index():
+      return
+    for left in self.folder.iterdir():
+      # Restore would have started from a later step, were it intact.
+      later = left.name.isdigit() and int(left.name) >= step
+      if later or _TEMPORARY.match(left.name):
+        left.rmtree()
+
+  def _kept(self) -> set[int]:
+    steps = self.steps()
+    kept = set(steps[-self.keep :])
+    if self.best_metric and (best := self.best()) is not None:
+      kept.add(best)
+    return kept
+
+  def _compare(
+    self,
+    step: int,
+    metadata: Mapping[str, Any],
+    like: TrainState,
+    system: str,
+  ) -> None:
+    """Refuses a state of another system or other shapes before it is read."""
+    where = f"checkpoint {step} of {self.folder}"
+    if metadata["system"] != system:
+      raise InputError(
+        f"{where} is of the system {metadata['system']!r}, the config names "
+        f"{system!r}; give the config it was trained with, or another workdir."
+      )
+    stored = {path: leaf[:2] for path, leaf in metadata["leaves"].items()}
+    wanted = {path: leaf[:2] for path, leaf in _shapes(like).items()}
+    if stored == wanted:
+      return
+    differences = [
+      f"{path}: stored {_spell(stored.get(path))}, wanted "
+      f"{_spell(wanted.get(path))}"
+      for path in sorted(set(stored) | set(wanted))
+      if stored.get(path) != wanted.get(path)
+    ]
+    raise InputError(
+      f"{where} does not fit this config in {len(differences)} places: "
+      + "; ".join(differences[:5])
+    )
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+  """Keeps a second run away from a local workdir, until the process ends.
+
+  Raises:
+    InputError: Another process holds it (named), or it cannot be written.
+  """
+  path = _absolute(workdir)
+  if not _is_local(path) or jax.process_index():
+    yield  # Buckets have no locks, and one process per run is enough.
+    return
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    handle = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+  except OSError as error:
+    raise InputError(
+      f"workdir {path} cannot be written ({error.strerror}); give another one."
+    ) from error
+  with handle:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      handle.seek(0)
+      raise InputError(
+        f"workdir {path} is in use by {handle.read().strip() or 'a process'}; "
+        "wait for it, or give another workdir."
+      ) from error
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    yield
+
+
+def initialize_from(
+  state: TrainState,
+  workdir: str | os.PathLike[str],
+  *,
+  include: Sequence[str] = (".*",),
+) -> tuple[TrainState, str]:
+  """Takes another run's parameters and `extra` where path and shape fit.
+
+  Args:
+    state: A fresh state; its optimizer state and step stay as they are.
+    workdir: The other run's folder.
+    include: Patterns of the paths to take, such as "params/net/stage.*".
+
+  Returns:
+    The state, and a line per leaf group that says what was and was not taken.
+
+  Raises:
+    InputError: There is no intact checkpoint, or nothing fits.
+  """
+  run = Checkpoints(workdir)
+  if not run.steps():
+    raise InputError(f"config.init_from: {run.folder} holds no checkpoint.")
+  other, step = _load_any(run)
+  theirs = {path_name(p): leaf for p, leaf in _leaves(other)}
+  taken, left = [], []
+
+  def pick(path, leaf):
+    name = path_name(path)
+    if not name.startswith(("params/", "extra/")):
+      return leaf
+    if not any(re.search(pattern, name) for pattern in include):
+      left.append(f"{name} (not included)")
+    elif name not in theirs:
+      left.append(f"{name} (not there)")
+    elif theirs[name].shape != leaf.shape:
+      left.append(f"{name} (theirs {theirs[name].shape}, ours {leaf.shape})")
+    else:
+      taken.append(name)
+      value = np.asarray(theirs[name], leaf.dtype)
+      return jax.device_put(value, leaf.sharding)
+    return leaf
+
+  state = jax.tree_util.tree_map_with_path(pick, state)
+  if not taken:
+    raise InputError(
+      f"config.init_from: nothing in {run.folder} step {step} fits; "
+      + "; ".join(left[:5])
+    )
+  report = f"from step {step} of {run.folder}: {len(taken)} leaves taken"
+  if left:
+    report += f", {len(left)} left as they were: " + "; ".join(left[:5])
+    report += "; ..." if len(left) > 5 else ""
+  return state, report
+
+
+def describe(state: PyTree) -> dict[str, list[Any]]:
+  """Dtype, shape and digest of every leaf, by its path.
+
+  The digest is over the logical array, so that any number of devices can check
+  it.
+  """
+  out = {}
+  for path, leaf in _leaves(state):
+    value = np.ascontiguousarray(_on_host(leaf))
+    digest = _digest(value.tobytes())
+    out[path_name(path)] = [str(leaf.dtype), list(leaf.shape), digest]
+  return out
+
+
+def versions() -> dict[str, str]:
+  """The code that runs: this package and what decides the numbers."""
+  names = ("jaxshape", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+  return {name: importlib.metadata.version(name) for name in names}
+
+
+def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
+  """The newest intact state as nested dicts of arrays, whatever its shape."""
+  damaged = []
+  for step in reversed(run.steps()):
+    try:
+      stored = run.metadata(step)["leaves"]
+      like: dict[str, Any] = {}
+      for path, (dtype, shape, _) in stored.items():
+        if dtype.startswith("key<"):  # A key of theirs is of no use here.
+          continue
+        *parents, last = path.split("/")
+        node = like
+        for parent in parents:
+          node = node.setdefault(parent, {})
+        node[last] = np.empty(shape, dtype)
+      # The optimizer's state has other node types, and nobody wants it.
+      wanted = {k: like[k] for k in ("params", "extra") if k in like}
+      context = ocp.Context()
+      context.pytree.loading.partial_load = True
+      with context, _quiet():
+        state = ocp.load(run.folder / str(step), wanted)
+      found = describe(state)
+      wrong = [path for path in found if stored[path] != found[path]]
+      if wrong:
+        raise ValueError(f"the digest of {wrong[0]} differs")
+    except Exception as error:
+      damaged.append(f"{step} ({_first_line(error)})")
+      continue
+    return state, step
+  raise InputError(
+    f"{run.folder} holds no intact checkpoint: {', '.join(damaged)}."
+  )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Orbax's reader leaves failed tasks behind, which asyncio would print."""
+  logger = logging.getLogger("asyncio")
+  before = logger.level
+  logger.setLevel(logging.CRITICAL + 1)
+  try:
+    yield
+  except Exception:
+    gc.collect()
+    raise
+  finally:
+    logger.setLevel(before)
+
+
+def _digest(data: bytes) -> str:
+  return xxhash.xxh3_128_hexdigest(data)
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+  return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _shapes(tree: PyTree) -> dict[str, list[Any]]:
+  return {
+    path_name(path): [str(leaf.dtype), list(leaf.shape)]
+    for path, leaf in _leaves(tree)
+  }
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    from jax.experimental import multihost_utils  # noqa: PLC0415 (rare, slow)
+
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
+
+
+def _absolute(path: str | os.PathLike[str]) -> Any:
+  """The path as Orbax wants it: absolute, and local or on a bucket."""
+  text = os.fspath(path)
+  return epath.Path(os.path.abspath(text) if _is_local(text) else text)
+
+
+def _is_local(path: str | os.PathLike[str]) -> bool:
+  return "://" not in os.fspath(path)
+
+
+def _synchronize(path: Any) -> None:
+  """Makes the commit of a local step survive a power loss."""
+  if not _is_local(path) or jax.process_index():
+    return
+  files = [p for p in path.iterdir() if p.is_file()]
+  for entry in (*files, path, path.parent):
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def _spell(leaf: Sequence[Any] | None) -> str:
+  return "nothing" if leaf is None else f"{leaf[0]}{tuple(leaf[1])}"
+
+
+def _first_line(error: BaseException) -> str:
+  """The innermost cause, in one line."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _why(path: Any, error: Exception) -> str:
+  return f"could not save {path}: {_first_line(error)}"

@@ -1,0 +1,126 @@
+"""What train.py and eval.py share: flags, and errors in one line."""
+
+from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+from etils import epath
+import ml_collections
+
+from jaxshape.engine import checkpoints
+from jaxshape.errors import InputError
+
+CONFIG_FILE = "config.json"
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the command line and runs, with one line for what a person did.
+
+  Args:
+    main: Reads the flags that the script has defined.
+  """
+  absl_logging.set_verbosity(absl_logging.WARNING)
+
+  def guarded(argv: Sequence[str]) -> None:
+    try:
+      if len(argv) > 1:
+        raise InputError(f"unknown argument {argv[1]!r}; see --help.")
+      main()
+    except checkpoints.SaveError as error:
+      _say(error)
+      os._exit(1)  # The failed writer's threads would never end.
+    except (InputError, MemoryError) as error:
+      _say(error)
+      sys.exit(1)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Absl's parser with one line instead of a traceback."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:
+    text = str(error.args[0] if error.args else error).split("\n")[0]
+    field = text.strip("\"'").split("'")[0]
+    named = [a.split("=")[0] for a in argv if re.search(rf"\b{field}\b", a)]
+    _say(f"the config has no field {' '.join(named) or text}")
+  except (flags.Error, ValueError) as error:
+    _say("command line: " + " ".join(str(error).split()))
+  except (ImportError, OSError, SyntaxError) as error:
+    _say(f"--config: {error}; there are: {_listed()}")
+  sys.exit(1)
+
+
+def _say(error: object) -> None:
+  print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _listed() -> str:
+  """The configs of the working folder, as the command line names them."""
+  files = sorted(str(p) for p in pathlib.Path("configs").glob("[!_]*.py"))
+  return ", ".join(files) or "none in this folder"
+
+
+def require_config(name: str = "config") -> ml_collections.ConfigDict:
+  """The config that was named, or what there is to name.
+
+  Args:
+    name: Of the flag.
+  """
+  config = flags.FLAGS[name].value
+  if config is None:
+    raise InputError(
+      "name a config, such as --config=configs/texture_suppression.py:tiny; "
+      f"there are: {_listed()}"
+    )
+  try:
+    config.to_dict()  # The file is opened late; this is where it fails.
+  except OSError as error:
+    raise InputError(
+      f"--config: {str(error).splitlines()[-1].strip()}; there are: {_listed()}"
+    ) from error
+  return config
+
+
+def write_config(config: Mapping[str, Any], workdir: Any) -> None:
+  """Keeps the config beside the run, for `read_config`."""
+  text = ml_collections.ConfigDict(config).to_json_best_effort(indent=2)
+  epath.Path(workdir).joinpath(CONFIG_FILE).write_text(text + "\n")
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+  """The config that a run was trained with.
+
+  Raises:
+    InputError: The folder is not there, or it holds no readable config.
+  """
+  folder = epath.Path(workdir)
+  path = folder / CONFIG_FILE
+  if not folder.is_dir():
+    raise InputError(f"workdir {folder} is not there.")
+  if not path.exists():
+    raise InputError(
+      f"{folder} holds no {CONFIG_FILE}, so nothing was trained there; train "
+      "first with train.py --workdir=..., or name a config with --config=..."
+    )
+  try:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+      raise TypeError("no object")
+  except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+    raise InputError(f"{path} is no readable config: {error}.") from error
+  return ml_collections.ConfigDict(_tuples(values)).lock()
+
+
+def _tuples(value: Any) -> Any:
+  """JSON has no tuples; a config has no lists."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,118 @@
+"""What a run says: a bar on a terminal, a line per log step, TensorBoard."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import os
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class Logs:
+  """Writes metrics of process 0 to `metrics.jsonl` and TensorBoard."""
+
+  def __init__(
+    self, workdir: str | os.PathLike[str], *, start: int, total: int
+  ):
+    """Opens the logs of a run.
+
+    Args:
+      workdir: The run's folder.
+      start: The step it goes on from; what was logged after it is dropped.
+      total: The last step.
+    """
+    self._writes = jax.process_index() == 0
+    self._path = epath.Path(workdir) / FILE
+    # Silent where nobody looks (a pipe, another process than the first).
+    self._bar = tqdm(
+      total=total,
+      initial=start,
+      unit="step",
+      dynamic_ncols=True,
+      disable=None if self._writes else True,
+    )
+    self._board = None
+    if self._writes:
+      kept = [row for row in read(workdir) if row["step"] <= start]
+      self._path.write_text("".join(_line(row) for row in kept))
+      if "://" not in os.fspath(workdir):
+        self._board = tensorboardX.SummaryWriter(
+          os.fspath(workdir), purge_step=start + 1
+        )
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds a row; a number that is not finite is written as null."""
+    if not self._writes:
+      return
+    row = {"step": step, "time": round(time.time(), 3), **metrics}
+    if "://" in os.fspath(self._path):
+      self._path.write_text(self._path.read_text() + _line(row))
+    else:
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(_line(row))
+    for name, value in metrics.items():
+      if self._board is not None and math.isfinite(value):
+        self._board.add_scalar(name, value, step)
+
+  def advance(self) -> None:
+    """Moves the bar by one step."""
+    self._bar.update()
+
+  def status(self, step: int, text: str) -> None:
+    """Shows how it goes: at the bar's end, or as a line where no bar is."""
+    self._bar.set_postfix_str(text)
+    if self._bar.disable:
+      self.say(f"step {step}: {text}")
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    if self._writes:
+      tqdm.write(text)
+
+  def close(self) -> None:
+    """Flushes everything."""
+    self._bar.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows that a run has logged, oldest first.
+
+  A line that was cut off by a kill is left out.
+  """
+  path = epath.Path(workdir) / FILE
+  rows = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue
+  return rows
+
+
+def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The mean of each metric over steps, leaving out players that rested."""
+  out = {}
+  for name in rows[0]:
+    values = np.asarray([row[name] for row in rows], np.float64)
+    seen = values[~np.isnan(values)]
+    out[name] = float(seen.mean()) if seen.size else math.nan
+  return out
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  clean = {
+    k: None if isinstance(v, float) and not math.isfinite(v) else v
+    for k, v in row.items()
+  }
+  return json.dumps(clean) + "\n"

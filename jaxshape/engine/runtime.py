@@ -1,0 +1,179 @@
+"""Devices: where state and batches lie, and evaluation over all of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from jaxshape.errors import InputError
+from jaxshape.system import Evaluator, TrainState
+from jaxshape.typing import Batch, PyTree
+
+Init = Callable[[jax.Array], TrainState]
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+  """All devices as a grid.
+
+  Args:
+    axes: Sizes of `data` and `model`; one of them may be -1 and takes the rest.
+
+  Returns:
+    A mesh with automatic axes, so that `jit` places the collectives.
+  """
+  sizes = {"data": -1, "model": 1, **dict(axes)}
+  count = jax.device_count()
+  known = int(np.prod([size for size in sizes.values() if size != -1]))
+  if (
+    set(sizes) != {"data", "model"}
+    or list(sizes.values()).count(-1) > 1
+    or known < 1
+    or count % known
+  ):
+    raise InputError(
+      "config.mesh must give sizes of data and model that make up all "
+      f"{count} devices (one may be -1), got {dict(axes)}."
+    )
+  shape = [count // known if size == -1 else size for size in sizes.values()]
+  if np.prod(shape) != count:
+    raise InputError(
+      f"config.mesh must use all {count} devices, got {dict(axes)}."
+    )
+  return jax.make_mesh(
+    tuple(shape), tuple(sizes), axis_types=(AxisType.Auto,) * 2
+  )
+
+
+def check_batch_size(size: int, mesh: Mesh) -> None:
+  """Refuses a batch that the mesh cannot share evenly."""
+  if size < 1 or size % mesh.shape["data"]:
+    raise InputError(
+      f"config.batch_size must be a multiple of the {mesh.shape['data']} "
+      f"devices that share it, got {size}; change it or config.mesh."
+    )
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+  """Where each leaf of a state lies.
+
+  Parameters and optimizer state are cut along `model` at their longest axis
+  that it divides; everything else, and all of it when `model` is 1, is whole
+  on every device.
+
+  Args:
+    mesh: As `make_mesh` gives it.
+    state: Arrays or their shapes.
+
+  Returns:
+    The same tree, of shardings.
+  """
+  parts = mesh.shape["model"]
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def cut(leaf: Any) -> NamedSharding:
+    axes = [a for a, n in enumerate(leaf.shape) if n % parts == 0 and n > parts]
+    if parts == 1 or not axes:
+      return whole
+    longest = max(axes, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "model"))
+
+  return TrainState(
+    step=whole,
+    params=jax.tree.map(cut, state.params),
+    opt_state=jax.tree.map(cut, state.opt_state),
+    extra=jax.tree.map(lambda _: whole, state.extra),
+  )
+
+
+def abstract_state(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state that `init` makes."""
+  shapes = jax.eval_shape(init, key)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+    state_shardings(mesh, shapes),
+  )
+
+
+def initialize(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
+  """The state that `init` makes, made where it shall lie."""
+  shardings = state_shardings(mesh, jax.eval_shape(init, key))
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+  """Makes a global batch, shared over `data`, of this process's rows."""
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  return {
+    name: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
+    for name, leaf in batch.items()
+  }
+
+
+def placed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[dict]:
+  """Batches on the devices, the next one under way while one is used."""
+  with (
+    contextlib.closing(batches)
+    if hasattr(batches, "close")
+    else (contextlib.nullcontext())
+  ):
+    ahead = None
+    for batch in batches:
+      current, ahead = ahead, place(batch, mesh)
+      if current is not None:
+        yield current
+    if ahead is not None:
+      yield ahead
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(step: Any, mesh: Mesh) -> Any:
+  # Rows are gathered, so that every process can summarize all of them.
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(step, out_shardings=whole)
+
+
+def evaluate(
+  evaluator: Evaluator, state: TrainState, mesh: Mesh
+) -> tuple[dict[str, float], list[PyTree]]:
+  """Runs an evaluator over all its batches.
+
+  Args:
+    evaluator: From a system.
+    state: On the devices of the mesh.
+    mesh: As `make_mesh` gives it.
+
+  Returns:
+    The numbers of its `summarize`, and the outputs that they come from.
+  """
+  step = _compiled(evaluator.step, mesh)
+  outputs: list[PyTree] = []
+  for batch in placed(evaluator.data(), mesh):
+    outputs.append(step(state, batch))
+  if not outputs:
+    raise InputError("an evaluator got no batch; its data set is empty.")
+  outputs = jax.device_get(outputs)
+  summary = evaluator.summarize(outputs)
+  return {name: float(value) for name, value in summary.items()}, outputs
+
+
+def finite(state: TrainState) -> bool:
+  """Whether every parameter and statistic is a finite number."""
+  return bool(_all_finite((state.params, state.opt_state, state.extra)))
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+  good = [
+    jnp.isfinite(leaf).all()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return jnp.stack(good).all() if good else jnp.bool_(True)

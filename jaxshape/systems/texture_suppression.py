@@ -1,0 +1,240 @@
+"""Texture suppression: classifiers trained on images whose texture is smoothed.
+
+| paper | here |
+|---|---|
+| Eq. 1 and 2, Perona-Malik diffusion | `filters.diffusion.perona_malik` |
+| Gaussian blur, the rival | `filters.blur.gaussian` |
+| Sec. 3, "Anisotropic ImageNet" (originals and filtered) | `policy="union"` |
+| Sec. 4, only filtered / only original | `policy="filtered"`, `"original"` |
+| Sec. 4.1, filtered with a probability | `policy="probability"` |
+| Sec. 4.1, iterations drawn from 10..20 | `iterations=(10, 20)` |
+| Sec. 4, fine-tuning on originals | `init_from` another run, `"original"` |
+| Sec. 4.3, Grad-CAM | evaluator `saliency` |
+
+Images are 0..255 until they enter the network; the filter runs on the device,
+before every other augmentation, as if the data set itself were filtered.
+
+Reference:
+  Mishra et al., "Learning Visual Representations for Transfer Learning by
+  Suppressing Texture", 2020.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxshape.backbones import resnet
+from jaxshape.data import augment, sources, stream
+from jaxshape.engine import evaluators, optimizers, steps
+from jaxshape.errors import InputError
+from jaxshape.filters import blur, diffusion
+from jaxshape.layers import apply
+from jaxshape.losses import classification
+from jaxshape.system import Evaluator, System, TrainState
+from jaxshape.typing import Array, Batch, Key, Metrics, PyTree
+
+POLICIES = ("original", "union", "filtered", "probability")
+
+
+def suppress(config: Any, key: Key, batch: Batch) -> dict[str, Any]:
+  """Filters the images that the policy chose; each draws its own strength.
+
+  Args:
+    config: `config.suppression`.
+    key: Split over the images.
+    batch: With `"image"` 0..255, and `"filtered"` (1 or 0) unless the policy
+      draws it here.
+
+  Returns:
+    The batch with float images.
+  """
+  images = jnp.asarray(batch["image"], jnp.float32)
+  if config.policy == "original":
+    return {**batch, "image": images}
+  count = images.shape[0]
+  chosen_key, strength_key = jax.random.split(key)
+  if config.policy == "union":
+    chosen = jnp.asarray(batch["filtered"]) > 0
+  else:
+    probability = 1.0 if config.policy == "filtered" else config.probability
+    chosen = jax.random.bernoulli(chosen_key, probability, (count,))
+  if config.filter == "perona_malik":
+    low, high = config.iterations
+    drawn = jax.random.randint(strength_key, (count,), low, high + 1)
+    images = diffusion.perona_malik(
+      images,
+      kappa=config.kappa,
+      step_size=config.step_size,
+      iterations=jnp.where(chosen, drawn, 0),
+      conduction=config.conduction,
+    )
+  else:
+    low, high = config.sigma
+    drawn = jax.random.uniform(strength_key, (count,), minval=low, maxval=high)
+    images = blur.gaussian(
+      images, sigma=jnp.where(chosen, drawn, 0.0), radius=round(4 * high)
+    )
+  return {**batch, "image": images}
+
+
+def make(config: Any) -> System:
+  """The supervised system that a config describes."""
+  _check(config.suppression)
+  train_source = _source(config, config.data.train_split)
+  classes = tuple(train_source.classes)
+  net = resnet.make(
+    config.backbone,
+    num_classes=len(classes),
+    width=config.width or None,
+    stem=config.stem or None,
+    dtype=jnp.dtype(config.dtype),
+  )
+  size = config.data.image_size
+  augmentation = augment.make(config.augment, num_classes=len(classes))
+  mean = jnp.asarray(config.mean, jnp.float32)
+  std = jnp.asarray(config.std, jnp.float32)
+
+  def normalize(images: Array) -> Array:
+    return (jnp.asarray(images, jnp.float32) - mean) / std
+
+  def loss(
+    params: PyTree, extra: PyTree, batch: Batch, key: Key
+  ) -> tuple[Array, tuple[PyTree, Metrics]]:
+    filter_key, augment_key = jax.random.split(key)
+    batch = suppress(config.suppression, filter_key, batch)
+    batch = augmentation(augment_key, batch)
+    logits, collections = apply.apply(
+      net,
+      params["net"],
+      extra["net"],
+      normalize(batch["image"]),
+      update=True,
+      train=True,
+    )
+    if "target" in batch:
+      losses = classification.soft_cross_entropy(logits, batch["target"])
+    else:
+      losses = classification.cross_entropy(
+        logits, batch["label"], label_smoothing=config.label_smoothing
+      )
+    right = jnp.argmax(logits, axis=-1) == jnp.asarray(batch["label"])
+    metrics = {"top1": right.mean(dtype=jnp.float32)}
+    return losses.mean(), ({**extra, "net": collections}, metrics)
+
+  averaging = config.averaging or None
+  players = {"net": steps.Player(loss, optimizers.make(config.optimizer))}
+
+  def init(key: Key) -> TrainState:
+    images = jnp.zeros((1, size, size, 3))
+    params, collections = apply.init(net, key, images, train=False)
+    return steps.initial_state(
+      players, {"net": params}, {"net": collections}, averaging=averaging
+    )
+
+  def half(
+    method: str, state: TrainState, value: Array, **options: Any
+  ) -> Array:
+    params = steps.evaluation_params(state)["net"]
+    return apply.apply(
+      net, params, state.extra["net"], value, method=method, **options
+    )[0]
+
+  classifier = evaluators.Classifier(
+    features=lambda state, images: half(
+      "features", state, normalize(images), train=False
+    ),
+    head=functools.partial(half, "head"),
+    classes=classes,
+  )
+
+  def predict(state: TrainState, batch: Batch) -> PyTree:
+    return classifier.logits(state, jnp.asarray(batch["image"]))
+
+  def train_data(step: int) -> Iterator[Batch]:
+    source = train_source
+    if config.suppression.policy == "union":
+      source = sources.Doubled(source)
+    return stream.train(
+      source,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=step,
+      workers=config.data.workers,
+    )
+
+  return System(
+    init=init,
+    train_step=steps.take_turns(
+      players, accumulate=config.accumulate, averaging=averaging
+    ),
+    predict=predict,
+    train_data=train_data,
+    evaluators=_evaluators(config, classifier),
+  )
+
+
+def _check(suppression: Any) -> None:
+  if suppression.policy not in POLICIES:
+    raise InputError(
+      f"config.suppression.policy must be one of {', '.join(POLICIES)}, got "
+      f"{suppression.policy!r}."
+    )
+  if suppression.filter not in ("perona_malik", "gaussian"):
+    raise InputError(
+      "config.suppression.filter must be perona_malik or gaussian, got "
+      f"{suppression.filter!r}."
+    )
+  for name in ("iterations", "sigma"):
+    low, high = suppression[name]
+    if not 0 <= low <= high:
+      raise InputError(
+        f"config.suppression.{name} must be a range (low, high) from 0 up, got "
+        f"{tuple(suppression[name])}."
+      )
+
+
+def _source(config: Any, split: str) -> Any:
+  data = config.data
+  return sources.load(
+    data.source,
+    split=split,
+    image_size=data.image_size,
+    data_dir=data.data_dir or None,
+    **data.options.to_dict(),
+  )
+
+
+def _evaluators(
+  config: Any, classifier: evaluators.Classifier
+) -> Mapping[str, Evaluator]:
+  """One accuracy per split, and what `config.bench` asks for besides."""
+
+  def batches(split: str) -> Callable[[], Iterator[Batch]]:
+    @functools.cache  # A source is opened when it is first needed, and once.
+    def source():
+      return _source(config, split)
+
+    return lambda: stream.evaluate(source(), batch_size=config.batch_size)
+
+  out: dict[str, Evaluator] = {
+    split: evaluators.accuracy(classifier, batches(split))
+    for split in config.data.eval_splits
+  }
+  bench = config.bench
+  if bench.cue_conflict:
+    out["cue_conflict"] = evaluators.cue_conflict(
+      classifier, batches(bench.cue_conflict)
+    )
+  if bench.corruptions:
+    out["corruption"] = evaluators.corruptions(
+      classifier,
+      batches(bench.corruption_split),
+      names=bench.corruptions,
+      severities=bench.severities,
+    )
+  for split in bench.saliency:
+    out[f"saliency_{split}"] = evaluators.saliency(classifier, batches(split))
+  return out
