@@ -11,16 +11,17 @@ import pathlib
 
 from absl import flags
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
 from jaxshape import system as system_lib
 from jaxshape.engine import checkpoints, command, logs, report, runtime
 from jaxshape.errors import InputError
+from jaxshape.typing import Config
 
 
 def evaluate(
-  config: ConfigDict,
+  config: Config,
   workdir: str | os.PathLike[str],
   *,
   step: int | None = None,

@@ -18,12 +18,13 @@ from typing import Any
 
 from absl import flags
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jaxshape import system as system_lib
 from jaxshape.engine import checkpoints, command, logs, runtime, steps
 from jaxshape.errors import InputError
 from jaxshape.system import System, TrainState
+from jaxshape.typing import Config
 
 # What a preempted run exits with: start me again.
 AGAIN = 75
@@ -34,7 +35,7 @@ class Preempted(SystemExit):
 
 
 def train(
-  config: ConfigDict, workdir: str | os.PathLike[str], *, profile: bool = False
+  config: Config, workdir: str | os.PathLike[str], *, profile: bool = False
 ) -> TrainState:
   """Trains from the newest intact checkpoint, or from the start, to the end.
 
@@ -86,7 +87,7 @@ def train(
 
 
 def start(
-  config: ConfigDict,
+  config: Config,
   system: System,
   mesh: jax.sharding.Mesh,
   saved: checkpoints.Checkpoints,
@@ -120,7 +121,7 @@ class _Loop:
 
   def __init__(
     self,
-    config: ConfigDict,
+    config: Config,
     system: System,
     mesh: jax.sharding.Mesh,
     saved: checkpoints.Checkpoints,

@@ -10,20 +10,19 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
 
 from jaxshape.errors import InputError
-from jaxshape.typing import Batch, Metrics, PyTree
+from jaxshape.typing import Batch, Config, Metrics, PyTree
 
 if TYPE_CHECKING:  # Drawing is not needed to train.
   from matplotlib.figure import Figure
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that changes during training, and so all that a checkpoint holds.
 
   Attributes:
@@ -38,6 +37,9 @@ class TrainState:
   params: PyTree
   opt_state: PyTree
   extra: PyTree
+
+
+Pictures = Callable[[TrainState, Sequence[PyTree]], "Mapping[str, Figure]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Evaluator:
   data: Callable[[], Iterator[Batch]]
   step: Callable[[TrainState, Batch], PyTree]
   summarize: Callable[[Sequence[PyTree]], Mapping[str, float]]
-  pictures: "Callable[[TrainState, Sequence[PyTree]], Mapping[str, Figure]] | None" = None
+  pictures: Pictures | None = None
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
@@ -92,7 +94,7 @@ def names() -> list[str]:
   return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def load(config: Any) -> System:
+def load(config: Config) -> System:
   """Makes the system that a config names.
 
   Args:

@@ -10,8 +10,17 @@ from typing import Any
 
 from beartype import beartype
 import jax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Num, UInt8
-from jaxtyping import jaxtyped
+from jaxtyping import (
+  Array,
+  ArrayLike,
+  Bool,
+  Float,
+  Int,
+  Key,
+  Num,
+  UInt8,
+  jaxtyped,
+)
 import numpy as np
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
   "ArrayLike",
   "Batch",
   "Bool",
+  "Config",
   "Float",
   "Image",
   "Int",
@@ -31,6 +41,8 @@ __all__ = [
 ]
 
 PyTree = Any
+# An `ml_collections.ConfigDict`, whose fields hold anything.
+Config = Any
 Image = Num[ArrayLike, "*batch height width channels"]
 # Every leaf holds examples along its first axis; "mask" marks padding with 0.
 Batch = Mapping[str, jax.Array | np.ndarray]

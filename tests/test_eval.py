@@ -7,10 +7,10 @@ import ml_collections
 import numpy as np
 import pytest
 
+import eval as evaluation
 from jaxshape.engine import command
 from jaxshape.errors import InputError
 from tests.tiny import regression, settings
-import eval as evaluation
 import train
 
 
@@ -85,16 +85,17 @@ def test_one_command_compares_runs(run, tmp_path):
   assert f"report: {out}/report.html" in done.stdout
   numbers = json.loads((out / "metrics.json").read_text())
   assert set(numbers) == {"first", "second"}
-  assert (
-    numbers["first"]["test/error"] < numbers["second"]["test/error"]
-  )
+  assert numbers["first"]["test/error"] < numbers["second"]["test/error"]
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     (["train.py"], "name a config, such as --config=configs/"),
-    (["train.py", "--config=configs/texture_supression.py"], "there are: configs/"),
+    (
+      ["train.py", "--config=configs/texture_supression.py"],
+      "there are: configs/",
+    ),
     (["train.py", "--config=configs/texture_suppression.py:big"], "mode must"),
     (["train.py", "--config=configs/texture_suppression.py:tiny"], "--workdir"),
     (

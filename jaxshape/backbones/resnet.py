@@ -142,7 +142,8 @@ class ResNet(nn.Module):
     num_classes: Number of logits, at least 1.
     width: Channels of the stem and of the first stage's 3x3 convolutions; each
       further stage has twice those of the one before.
-    stem: `"imagenet"` divides the image's sides by 4, `"small"` keeps them.
+    stem: `"imagenet"` divides the image's sides by 4, `"medium"` by 2 (for
+      images of about 64 px), `"small"` keeps them.
     zero_init: Whether each block starts as the identity (Goyal et al.,
       "Accurate, Large Minibatch SGD", 2017, Sec. 5.1).
     dtype: What is computed in.
@@ -163,15 +164,16 @@ class ResNet(nn.Module):
       raise ValueError(
         f"block must be 'basic' or 'bottleneck', got {self.block!r}."
       )
-    if self.stem not in ("imagenet", "small"):
+    stems = {"imagenet": (7, 2), "medium": (5, 2), "small": (3, 1)}
+    if self.stem not in stems:
       raise ValueError(
-        f"stem must be 'imagenet' or 'small', got {self.stem!r}."
+        f"stem must be one of {', '.join(stems)}, got {self.stem!r}."
       )
     if self.num_classes < 1:
       raise ValueError(
         f"num_classes must be 1 or more, got {self.num_classes}."
       )
-    size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+    size, stride = stems[self.stem]
     self.conv1 = Convolution(self.width, size, stride, self.dtype)
     self.bn1 = nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=self.dtype)
     for stage, count in enumerate(self.stage_sizes):
@@ -243,7 +245,7 @@ def make(
     name: One of `VARIANTS`.
     num_classes: Number of logits.
     width: Channels of the first stage; None for the name's own.
-    stem: `"imagenet"` or `"small"`; None for the name's own.
+    stem: `"imagenet"`, `"medium"` or `"small"`; None for the name's own.
     zero_init: Whether each block starts as the identity.
     dtype: What is computed in.
 

@@ -318,9 +318,7 @@ def gaussian_blur(
   return jnp.where(jax.random.bernoulli(draw_key, probability), blurred, x)
 
 
-def _box(
-  center: Sequence[Any], sides: Sequence[Any], shape: Sequence[int]
-) -> jax.Array:
+def _box(center: Any, sides: Sequence[Any], shape: Sequence[int]) -> jax.Array:
   """True inside a box, which the border may cut: [H, W]."""
   inside = []
   for middle, side, length in zip(center, sides, shape, strict=True):
@@ -511,6 +509,7 @@ def make(
   on_batch = [f for name, f in steps.items() if name in _BATCH]
   if on_batch and num_classes is None:
     raise InputError("augment.make needs num_classes for mixup and cutmix.")
+  classes = num_classes or 0
 
   def one(key: jax.Array, image: jax.Array) -> jax.Array:
     keys = jax.random.split(key, max(1, len(on_image)))
@@ -527,7 +526,7 @@ def make(
       return {**batch, "image": images}
     target = batch.get("target")
     if target is None:
-      target = jax.nn.one_hot(batch["label"], num_classes)
+      target = jax.nn.one_hot(batch["label"], classes)
     keys = jax.random.split(batch_key, len(on_batch))
     for function, step_key in zip(on_batch, keys, strict=True):
       images, target = function(step_key, images, target)

@@ -85,9 +85,12 @@ class Folder:
       raise IndexError(f"example must be in 0..{n - 1}, got {i}.")
     if not self._skip_damaged:
       return self._read(i, rng)
+    drawn = {} if rng is None else rng.bit_generator.state
     for j in (*range(i, n), *range(i)):
       if j in self._damaged:
         continue
+      if rng is not None:  # As if nothing damaged had been tried before.
+        rng.bit_generator.state = drawn
       try:
         example = self._read(j, rng)
       except decode.DamagedError as error:

@@ -29,12 +29,12 @@ class Source(Protocol):
   A source may also have `sample(i, rng)`, an example with something drawn (a
   random box at full resolution), used in training; it is a pure function of its
   arguments. An attribute `sample` that is None says that nothing is drawn.
-
-  Attributes:
-    classes: Names of the labels, in order; empty if unlabelled.
   """
 
-  classes: tuple[str, ...]
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Names of the labels, in order; empty if unlabelled."""
+    ...
 
   def __len__(self) -> int:
     """How many examples there are."""

@@ -7,6 +7,7 @@ stored for an exact resume. Each process gets a contiguous run of rows.
 """
 
 from collections.abc import Iterator
+import functools
 import os
 from typing import Any
 import weakref
@@ -21,6 +22,8 @@ from jaxshape.errors import InputError
 
 # More steps than any run has; Grain wants a length.
 _FOREVER = 2**50
+# What a seed is used for.
+_ORDER, _DRAWS = 0, 1
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -147,9 +150,7 @@ class _TrainBatch:
     shuffle: bool,
   ):
     self._source, self._batch_size, self._rows = source, batch_size, rows
-    self._seed = seed
-    order = grain.MapDataset.range(len(source)).seed(seed)
-    self._order = (order.shuffle() if shuffle else order).repeat()
+    self._seed, self._shuffle = seed, shuffle
     self._draws = getattr(source, "sample", None) is not None
 
   def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -160,11 +161,21 @@ class _TrainBatch:
     return batch
 
   def _example(self, position: int) -> sources.Example:
+    epoch, i = divmod(position, len(self._source))
+    if self._shuffle:
+      i = int(_order(len(self._source), self._seed, epoch)[i])
     rng = None
     if self._draws:
-      rng = np.random.default_rng((self._seed, position))
-    number: Any = self._order[position]
-    return sources.read(self._source, int(number), rng)
+      rng = np.random.default_rng((self._seed, _DRAWS, position))
+    return sources.read(self._source, i, rng)
+
+
+@functools.lru_cache(maxsize=3)
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+  # From raw bits, the part of NumPy that is promised never to change. Grain's
+  # own shuffle takes 0.7 ms per example if there are only 64 of them.
+  bits = np.random.PCG64(np.random.SeedSequence((seed, _ORDER, epoch)))
+  return np.argsort(bits.random_raw(n), kind="stable")
 
 
 class _EvalBatch:

@@ -310,18 +310,19 @@ def _choose(
   kinds = tensorflow_datasets.features
   if not isinstance(features, kinds.FeaturesDict):
     raise InputError(f"{folder} is no set of named features.")
-  image = features[image_key] if image_key in features else None
+  known: dict[str, Any] = dict(features.items())
+  image = known.get(image_key)
   if not isinstance(image, kinds.Image) or image.np_dtype not in (
     np.uint8,
     np.uint16,
   ):
     raise InputError(
       f"image_key={image_key!r} is no 8- or 16-bit image of {folder}; "
-      f"its features are: {', '.join(features)}."
+      f"its features are: {', '.join(sorted(known))}."
     )
   if label_key is None:
     return kinds.FeaturesDict({image_key: image})
-  label = features[label_key] if label_key in features else None
+  label = known.get(label_key)
   if (
     label is None
     or label.shape
@@ -329,7 +330,7 @@ def _choose(
   ):
     raise InputError(
       f"label_key={label_key!r} is no whole number of {folder}; "
-      f"its features are: {', '.join(features)}; None means no labels."
+      f"its features are: {', '.join(sorted(known))}; None means no labels."
     )
   return kinds.FeaturesDict({image_key: image, label_key: label})
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import xxhash
@@ -432,7 +433,7 @@ def _shapes(tree: PyTree) -> dict[str, list[Any]]:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
   if isinstance(leaf, jax.Array) and not (
     leaf.is_fully_addressable or leaf.is_fully_replicated

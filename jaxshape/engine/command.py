@@ -15,6 +15,7 @@ import ml_collections
 
 from jaxshape.engine import checkpoints
 from jaxshape.errors import InputError
+from jaxshape.typing import Config
 
 CONFIG_FILE = "config.json"
 
@@ -68,7 +69,7 @@ def _listed() -> str:
   return ", ".join(files) or "none in this folder"
 
 
-def require_config(name: str = "config") -> ml_collections.ConfigDict:
+def require_config(name: str = "config") -> Config:
   """The config that was named, or what there is to name.
 
   Args:
@@ -95,7 +96,7 @@ def write_config(config: Mapping[str, Any], workdir: Any) -> None:
   epath.Path(workdir).joinpath(CONFIG_FILE).write_text(text + "\n")
 
 
-def read_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+def read_config(workdir: str | os.PathLike[str]) -> Config:
   """The config that a run was trained with.
 
   Raises:

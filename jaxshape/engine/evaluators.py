@@ -5,6 +5,7 @@ batch size. Images are 0..255, uint8 or float.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
+from jaxshape.data import stream
 from jaxshape.engine import report
 from jaxshape.explanations import class_activation
 from jaxshape.filters import corruption
@@ -20,7 +22,9 @@ from jaxshape.metrics import classification, shape_bias
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Batch, PyTree
 
-Data = Callable[[], Iterator[Batch]]
+Images = Array | np.ndarray
+# Streams: iterators that can be closed.
+Data = Callable[[], stream.Batches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Classifier:
     classes: Names of the classes, in the order of the logits.
   """
 
-  features: Callable[[TrainState, Array], Array]
+  features: Callable[[TrainState, Images], Array]
   head: Callable[[TrainState, Array], Array]
   classes: Sequence[str]
 
-  def logits(self, state: TrainState, images: Array) -> Array:
+  def logits(self, state: TrainState, images: Images) -> Array:
     """Both halves: `[batch, classes]`."""
     return self.head(state, self.features(state, images))
 
@@ -244,7 +248,9 @@ def saliency(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del outputs
-    batch = next(iter(data()))
+    batches = data()
+    with contextlib.closing(batches):
+      batch = next(batches)
     images = np.asarray(batch["image"])[:shown]
     maps, named = jax.jit(explain)(state, images)
     maps = class_activation.resize(

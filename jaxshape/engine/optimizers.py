@@ -183,20 +183,20 @@ def _scale_by_path(
         product *= value
     return product
 
-  def init(params: PyTree) -> optax.EmptyState:
+  def init(params: PyTree) -> optax.OptState:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [path_name(path) for path, _ in leaves]
     for pattern, _ in factors:
       if not any(re.search(pattern, path) for path in paths):
         raise InputError(
-          f"optimizer: the pattern {pattern!r} matches no parameter; paths look "
-          f"like {', '.join(paths[:3])}."
+          f"optimizer: the pattern {pattern!r} matches no parameter; paths "
+          f"look like {', '.join(paths[:3])}."
         )
     return optax.EmptyState()
 
   def update(
-    updates: PyTree, state: optax.EmptyState, params: PyTree = None
-  ) -> tuple[PyTree, optax.EmptyState]:
+    updates: PyTree, state: optax.OptState, params: PyTree = None
+  ) -> tuple[PyTree, optax.OptState]:
     del params
     scaled = jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf * factor(path), updates

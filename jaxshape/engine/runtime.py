@@ -1,6 +1,6 @@
 """Devices: where state and batches lie, and evaluation over all of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 import contextlib
 import functools
 from typing import Any
@@ -82,11 +82,9 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     longest = max(axes, key=lambda axis: leaf.shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * longest, "model"))
 
-  return TrainState(
-    step=whole,
+  return jax.tree.map(lambda _: whole, state).replace(
     params=jax.tree.map(cut, state.params),
     opt_state=jax.tree.map(cut, state.opt_state),
-    extra=jax.tree.map(lambda _: whole, state.extra),
   )
 
 
@@ -117,13 +115,13 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
   }
 
 
-def placed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[dict]:
+def placed(
+  batches: Iterator[Batch], mesh: Mesh
+) -> Generator[dict[str, jax.Array], None, None]:
   """Batches on the devices, the next one under way while one is used."""
-  with (
-    contextlib.closing(batches)
-    if hasattr(batches, "close")
-    else (contextlib.nullcontext())
-  ):
+  with contextlib.ExitStack() as stack:
+    if close := getattr(batches, "close", None):
+      stack.callback(close)
     ahead = None
     for batch in batches:
       current, ahead = ahead, place(batch, mesh)

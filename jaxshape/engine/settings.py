@@ -3,15 +3,16 @@
 from ml_collections import ConfigDict
 
 from jaxshape.engine import optimizers
+from jaxshape.typing import Config
 
 
-def defaults() -> ConfigDict:
+def defaults() -> Config:
   """The fields that `train.py` and `eval.py` read; a config changes them.
 
   Returns:
     An unlocked config; the scripts lock it.
   """
-  config = ConfigDict()
+  config: Config = ConfigDict()
   # A file of jaxshape/systems, or the full name of a module with a `make`.
   config.system = ""
   config.seed = 0

@@ -160,9 +160,10 @@ def _disk(radius: int, softness: float) -> np.ndarray:
   disk = (x * x + y * y <= radius * radius).astype(np.float64)
   taps = np.exp(-0.5 * (np.arange(-rim, rim + 1) / softness) ** 2)
   taps /= taps.sum()
+  disk /= disk.sum()
   for axis in (0, 1):
     widths = [(rim, rim) if a == axis else (0, 0) for a in (0, 1)]
-    wide = np.pad(disk / disk.sum(), widths, mode="reflect")
+    wide = np.pad(disk, widths, mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(wide, len(taps), axis)
     disk = windows @ taps
   return disk.astype(np.float32)
@@ -289,30 +290,34 @@ def pixelate(image: Rgb, *, severity: int) -> Corrupted:
   """
   share = _parameter(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
   x = _unit(image)
-  for axis, name in ((-3, "i"), (-2, "j")):
-    weights = _boxes(x.shape[axis], max(1, int(x.shape[axis] * share)))
-    x = jnp.einsum(
-      f"{name}k,...{'kjc' if name == 'i' else 'ikc'}->...ijc",
-      weights,
-      x,
-      precision=lax.Precision.HIGHEST,
-    )
+  height, width = x.shape[-3:-1]
+  x = jnp.einsum(
+    "hi,wj,...ijc->...hwc",
+    _pixelation(height, share),
+    _pixelation(width, share),
+    x,
+    precision=lax.Precision.HIGHEST,
+  )
   return _full(x)
 
 
-@functools.cache
-def _boxes(size: int, small: int) -> np.ndarray:
-  """Each of `size` pixels as the mean of the box that it falls into.
+def _boxes(size: int, new_size: int) -> np.ndarray:
+  """Means over boxes: as rows, which pixels make up each new one.
 
   A box takes whole pixels, those whose centres lie in it, as PIL's does.
   """
-  scale = size / small
-  centre = (np.arange(small)[:, None] + 0.5) * scale
-  inside = np.abs((np.arange(size) + 0.5 - centre) / scale)
-  shrink = ((inside < 0.5) | (np.isclose(inside, 0.5))).astype(np.float64)
-  shrink /= shrink.sum(1, keepdims=True)
-  owner = ((np.arange(size) + 0.5) / scale).astype(int)
-  return shrink[owner].astype(np.float32)
+  step = size / new_size
+  centre = (np.arange(new_size)[:, None] + 0.5) * step
+  away = (np.arange(size) - centre + 0.5) * (1 / max(step, 1))
+  inside = (away > -0.5) & (away <= 0.5)
+  return inside / inside.sum(1, keepdims=True)
+
+
+@functools.cache
+def _pixelation(size: int, share: float) -> np.ndarray:
+  small = max(1, int(size * share))
+  there_and_back = _boxes(small, size) @ _boxes(size, small)
+  return there_and_back.astype(np.float32)
 
 
 _DRAWN: dict[str, Callable[..., Corrupted]] = {

@@ -98,7 +98,7 @@ _CONDUCTIONS: dict[str, Conduction] = {
 class _Plan(NamedTuple):
   """What each image of a batch is to get, as [B, 1, 1]."""
 
-  count: jax.Array  # Iterations.
+  steps: Any  # Iterations.
   kappa: jax.Array
   gamma: jax.Array
 
@@ -129,20 +129,31 @@ def _step(
   )
 
 
+def _derivative(
+  step: Callable[..., jax.Array],
+  at: tuple[jax.Array, ...],
+  i: int,
+  along: jax.Array,
+) -> jax.Array:
+  """The change of a step when its argument i changes along a direction."""
+  of_one = lambda a: step(*at[:i], a, *at[i + 1 :])
+  return jax.jvp(of_one, (at[i],), (along,))[1]
+
+
 def _advance(
   step: Step, u: jax.Array, plan: _Plan, start: ArrayLike, stop: ArrayLike
 ) -> jax.Array:
   """Iterations start..stop - 1, for each image as long as it has some left."""
 
   def body(t: jax.Array, u: jax.Array) -> jax.Array:
-    return jnp.where(t < plan.count, step(u, plan.kappa, plan.gamma), u)
+    return jnp.where(t < plan.steps, step(u, plan.kappa, plan.gamma), u)
 
   return lax.fori_loop(start, stop, body, u)
 
 
 def _forward(step: Step, u: jax.Array, plan: _Plan) -> jax.Array:
   """All iterations of a batch in one loop."""
-  return _advance(step, u, plan, 0, jnp.max(plan.count))
+  return _advance(step, u, plan, 0, jnp.max(plan.steps))
 
 
 def _backward(
@@ -153,7 +164,7 @@ def _backward(
   Every `stride`-th state is stored, at most `_SLOTS` of them whatever the
   count, and those between are computed anew from the last one stored.
   """
-  longest = jnp.max(plan.count)
+  longest = jnp.max(plan.steps)
   stride = jnp.maximum(1, (longest + _SLOTS - 1) // _SLOTS)
 
   def store(slot: jax.Array, carry: Any) -> Any:
@@ -174,9 +185,16 @@ def _backward(
     # Even without iterations this loop keeps the copy above out of the
     # arithmetic below, which could not be vectorised with it.
     u = _advance(step, u, plan, slot * stride, t)
-    dv, *more = jax.vjp(step, u, plan.kappa, plan.gamma)[1](v)
-    on = t < plan.count
-    sums = [a + jnp.where(on, b, 0) for a, b in zip(sums, more, strict=True)]
+    at, one = (u, plan.kappa, plan.gamma), jnp.ones_like(plan.kappa)
+    # A step's Jacobian by u, 1 - gamma D^T g D, is its own transpose: forward
+    # mode gives the adjoint, and as a stencil like that of the step.
+    dv = _derivative(step, at, 0, v)
+    by_option = [_derivative(step, at, i, one) for i in (1, 2)]
+    on = t < plan.steps
+    sums = [
+      total + jnp.where(on, jnp.sum(v * d, (1, 2), keepdims=True), 0)
+      for total, d in zip(sums, by_option, strict=True)
+    ]
     return jnp.where(on, dv, v), *sums
 
   start = v, jnp.zeros_like(plan.kappa), jnp.zeros_like(plan.gamma)
@@ -261,7 +279,7 @@ def _diffuse_bwd(
 ) -> Any:
   u, plan = batch
   du, dk, dg = _run(_backward, conduction, channels, u, plan, v)
-  none = np.zeros(plan.count.shape, jax.dtypes.float0)
+  none = np.zeros(plan.steps.shape, jax.dtypes.float0)
   return du, _Plan(none, dk, dg)
 
 
@@ -281,8 +299,8 @@ def _perona_malik(
   size = math.prod(leading)
 
   def per_image(a: Any, dtype: Any) -> jax.Array:
-    a = jnp.broadcast_to(jnp.asarray(a, dtype), leading)
-    return jnp.reshape(a, (size, 1, 1))
+    each = jnp.broadcast_to(jnp.asarray(a, dtype), leading)
+    return jnp.reshape(each, (size, 1, 1))
 
   plan = _Plan(
     per_image(iterations, jnp.int32),
@@ -290,7 +308,7 @@ def _perona_malik(
     per_image(step_size, jnp.float32),
   )
   rows = pixels.as_float32(image).reshape(size, height, width * channels)
-  out = _diffuse(conduction, channels, rows, plan)
+  out: Any = _diffuse(conduction, channels, rows, plan)
   return out.reshape(image.shape).astype(pixels.result_type(image))
 
 

@@ -66,8 +66,12 @@ def result_type(image: Num[Any, "..."]) -> Any:
 
 
 def concrete(value: Any) -> np.ndarray | None:
-  """The value as an array, or None where it is traced and so unknown."""
+  """The value as an array, or None where it is traced and so unknown.
+
+  Also None where parts of it lie with other processes: NumPy then raises a
+  RuntimeError.
+  """
   try:
     return np.asarray(value)
-  except jax.errors.TracerArrayConversionError:
+  except (jax.errors.TracerArrayConversionError, RuntimeError):
     return None

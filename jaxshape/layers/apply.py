@@ -1,4 +1,4 @@
-"""The one call into Flax, so that its types and its habits stay in one place."""
+"""The one call into Flax: its types and its habits stay in one place."""
 
 from typing import Any
 

@@ -19,34 +19,59 @@ Reference:
   Suppressing Texture", 2020.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxshape.backbones import resnet
 from jaxshape.data import augment, sources, stream
-from jaxshape.engine import evaluators, optimizers, steps
+from jaxshape.engine import evaluators, optimizers, report, steps
 from jaxshape.errors import InputError
 from jaxshape.filters import blur, diffusion
 from jaxshape.layers import apply
 from jaxshape.losses import classification
 from jaxshape.system import Evaluator, System, TrainState
-from jaxshape.typing import Array, Batch, Key, Metrics, PyTree
+from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 POLICIES = ("original", "union", "filtered", "probability")
 
 
-def suppress(config: Any, key: Key, batch: Batch) -> dict[str, Any]:
+def smooth(config: Config, images: Array, strength: Array) -> Array:
+  """Filters each image as strongly as it is told; 0 leaves it as it is.
+
+  Args:
+    config: `config.suppression`.
+    images: `[batch, height, width, 3]`, 0..255.
+    strength: `[batch]`, iterations of the diffusion or sigma of the blur.
+
+  Returns:
+    Float images of the same shape and range.
+  """
+  if config.filter == "perona_malik":
+    return diffusion.perona_malik(
+      images,
+      kappa=config.kappa,
+      step_size=config.step_size,
+      iterations=strength.astype(jnp.int32),
+      conduction=config.conduction,
+    )
+  radius = round(4 * config.sigma[1])
+  return blur.gaussian(images, sigma=strength, radius=radius)
+
+
+def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
   """Filters the images that the policy chose; each draws its own strength.
 
   Args:
     config: `config.suppression`.
     key: Split over the images.
-    batch: With `"image"` 0..255, and `"filtered"` (1 or 0) unless the policy
-      draws it here.
+    batch: With `"image"` 0..255, and `"filtered"` (1 or 0) of the union.
 
   Returns:
     The batch with float images.
@@ -54,37 +79,27 @@ def suppress(config: Any, key: Key, batch: Batch) -> dict[str, Any]:
   images = jnp.asarray(batch["image"], jnp.float32)
   if config.policy == "original":
     return {**batch, "image": images}
-  count = images.shape[0]
+  shape = images.shape[:1]
   chosen_key, strength_key = jax.random.split(key)
   if config.policy == "union":
     chosen = jnp.asarray(batch["filtered"]) > 0
   else:
-    probability = 1.0 if config.policy == "filtered" else config.probability
-    chosen = jax.random.bernoulli(chosen_key, probability, (count,))
+    share = 1.0 if config.policy == "filtered" else config.probability
+    chosen = jax.random.bernoulli(chosen_key, share, shape)
   if config.filter == "perona_malik":
     low, high = config.iterations
-    drawn = jax.random.randint(strength_key, (count,), low, high + 1)
-    images = diffusion.perona_malik(
-      images,
-      kappa=config.kappa,
-      step_size=config.step_size,
-      iterations=jnp.where(chosen, drawn, 0),
-      conduction=config.conduction,
-    )
+    drawn = jax.random.randint(strength_key, shape, low, high + 1)
   else:
     low, high = config.sigma
-    drawn = jax.random.uniform(strength_key, (count,), minval=low, maxval=high)
-    images = blur.gaussian(
-      images, sigma=jnp.where(chosen, drawn, 0.0), radius=round(4 * high)
-    )
-  return {**batch, "image": images}
+    drawn = jax.random.uniform(strength_key, shape, minval=low, maxval=high)
+  strength = jnp.where(chosen, drawn, 0)
+  return {**batch, "image": smooth(config, images, strength)}
 
 
-def make(config: Any) -> System:
+def make(config: Config) -> System:
   """The supervised system that a config describes."""
   _check(config.suppression)
-  train_source = _source(config, config.data.train_split)
-  classes = tuple(train_source.classes)
+  classes = _classes(config)
   net = resnet.make(
     config.backbone,
     num_classes=len(classes),
@@ -97,11 +112,11 @@ def make(config: Any) -> System:
   mean = jnp.asarray(config.mean, jnp.float32)
   std = jnp.asarray(config.std, jnp.float32)
 
-  def normalize(images: Array) -> Array:
+  def normalize(images: evaluators.Images) -> Array:
     return (jnp.asarray(images, jnp.float32) - mean) / std
 
   def loss(
-    params: PyTree, extra: PyTree, batch: Batch, key: Key
+    params: PyTree, extra: PyTree, batch: Batch, key: Array
   ) -> tuple[Array, tuple[PyTree, Metrics]]:
     filter_key, augment_key = jax.random.split(key)
     batch = suppress(config.suppression, filter_key, batch)
@@ -127,7 +142,7 @@ def make(config: Any) -> System:
   averaging = config.averaging or None
   players = {"net": steps.Player(loss, optimizers.make(config.optimizer))}
 
-  def init(key: Key) -> TrainState:
+  def init(key: Array) -> TrainState:
     images = jnp.zeros((1, size, size, 3))
     params, collections = apply.init(net, key, images, train=False)
     return steps.initial_state(
@@ -135,7 +150,7 @@ def make(config: Any) -> System:
     )
 
   def half(
-    method: str, state: TrainState, value: Array, **options: Any
+    method: str, state: TrainState, value: evaluators.Images, **options: Any
   ) -> Array:
     params = steps.evaluation_params(state)["net"]
     return apply.apply(
@@ -154,7 +169,7 @@ def make(config: Any) -> System:
     return classifier.logits(state, jnp.asarray(batch["image"]))
 
   def train_data(step: int) -> Iterator[Batch]:
-    source = train_source
+    source = _source(config, config.data.train_split)
     if config.suppression.policy == "union":
       source = sources.Doubled(source)
     return stream.train(
@@ -196,7 +211,22 @@ def _check(suppression: Any) -> None:
       )
 
 
-def _source(config: Any, split: str) -> Any:
+def _classes(config: Config) -> tuple[str, ...]:
+  """Names of the classes, also where only the data to evaluate are at hand."""
+  try:
+    classes = _source(config, config.data.train_split).classes
+  except InputError:
+    if not config.data.eval_splits:
+      raise
+    classes = _source(config, config.data.eval_splits[0]).classes
+  if not classes:
+    raise InputError(
+      f"config.data.source={config.data.source!r} has no labels to train on."
+    )
+  return tuple(classes)
+
+
+def _source(config: Config, split: str) -> Any:
   data = config.data
   return sources.load(
     data.source,
@@ -208,11 +238,11 @@ def _source(config: Any, split: str) -> Any:
 
 
 def _evaluators(
-  config: Any, classifier: evaluators.Classifier
+  config: Config, classifier: evaluators.Classifier
 ) -> Mapping[str, Evaluator]:
   """One accuracy per split, and what `config.bench` asks for besides."""
 
-  def batches(split: str) -> Callable[[], Iterator[Batch]]:
+  def batches(split: str) -> evaluators.Data:
     @functools.cache  # A source is opened when it is first needed, and once.
     def source():
       return _source(config, split)
@@ -237,4 +267,44 @@ def _evaluators(
     )
   for split in bench.saliency:
     out[f"saliency_{split}"] = evaluators.saliency(classifier, batches(split))
+  if bench.filtered:
+    out[f"filtered_{bench.filtered}"] = _on_filtered(
+      config.suppression, classifier, batches(bench.filtered)
+    )
   return out
+
+
+def _on_filtered(
+  config: Config,
+  classifier: evaluators.Classifier,
+  data: evaluators.Data,
+) -> Evaluator:
+  """Accuracy on images without their texture, and what they look like."""
+  high = config.iterations[1]
+  if config.filter == "gaussian":
+    high = config.sigma[1]
+
+  def strongest(images: evaluators.Images) -> Array:
+    images = jnp.asarray(images, jnp.float32)
+    return smooth(config, images, jnp.full(images.shape[:1], high))
+
+  evaluator = evaluators.accuracy(
+    dataclasses.replace(
+      classifier,
+      features=lambda state, images: classifier.features(
+        state, strongest(images)
+      ),
+    ),
+    data,
+  )
+
+  def pictures(state: TrainState, outputs: Sequence[PyTree]) -> Mapping:
+    del state, outputs
+    batches = data()
+    with contextlib.closing(batches):
+      images = np.asarray(next(batches)["image"])[:8]
+    shown = [images, np.asarray(strongest(images))]
+    sheet = report.image_sheet(shown, row_names=["original", config.filter])
+    return {"what the filter does": sheet}
+
+  return dataclasses.replace(evaluator, pictures=pictures)

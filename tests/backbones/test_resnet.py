@@ -203,7 +203,10 @@ def test_resnet_refuses():
     resnet.make("resnet5O", num_classes=3)
   for options, word in (
     ({"block": "wide"}, "block must be 'basic' or 'bottleneck', got 'wide'"),
-    ({"stem": "large"}, "stem must be 'imagenet' or 'small', got 'large'"),
+    (
+      {"stem": "large"},
+      "stem must be one of imagenet, medium, small, got 'large'",
+    ),
     ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
   ):
     good = {"block": "basic", "num_classes": 2}

@@ -40,10 +40,11 @@ def _like(state):
 
 def _same(a, b):
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x, y = jax.random.key_data(x), jax.random.key_data(y)
     assert x.dtype == y.dtype
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    pair = [x, y]
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      pair = [jax.random.key_data(leaf) for leaf in pair]
+    np.testing.assert_array_equal(*map(np.asarray, pair))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Speed against peers and claims over seeds; results are kept as files."""

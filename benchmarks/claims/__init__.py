@@ -1,0 +1,48 @@
+"""What a paper claims, trained and measured over seeds."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """That one variant does better than another by a metric.
+
+  Attributes:
+    text: The claim in words.
+    metric: "<evaluator>/<metric>".
+    better: The variant that should be ahead.
+    than: The variant it is compared with, trained on the same budget.
+    sign: 1 if more of the metric is better, -1 if less is.
+    margin: None to ask for a lead whose interval excludes 0; else how far
+      `better` may fall behind and still count as "within noise".
+  """
+
+  text: str
+  metric: str
+  better: str
+  than: str
+  sign: int = 1
+  margin: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """The runs behind the claims of one system.
+
+  Attributes:
+    config: "configs/<name>.py:<mode>".
+    variants: Changes of the config by the variant's name, as dotted fields.
+    seeded: Fields that are set to the seed.
+    metrics: Rows of the table.
+    claims: What should come out.
+    notes: Lines for below the table.
+  """
+
+  config: str
+  variants: Mapping[str, Mapping[str, Any]]
+  seeded: Sequence[str]
+  metrics: Sequence[str]
+  claims: Sequence[Claim]
+  notes: Sequence[str] = ()
