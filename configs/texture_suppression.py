@@ -67,6 +67,7 @@ def get_config(mode: str = "imagenet") -> Config:
   config.bench = ConfigDict()
   config.bench.cue_conflict = ""  # The split with both labels.
   config.bench.corruption_split = "validation"
+  config.bench.corruption_examples = 0  # So many, drawn; 0 for all.
   config.bench.corruptions = ()
   config.bench.severities = (1, 2, 3, 4, 5)
   config.bench.saliency = ("validation",)
@@ -170,6 +171,7 @@ def _generated(config: Config) -> None:
   config.bench.cue_conflict = "cue_conflict"
   config.bench.corruption_split = "test"
   config.bench.corruptions = CORRUPTIONS
+  config.bench.corruption_examples = 512
   config.bench.severities = (1, 3, 5)
   config.bench.saliency = ("test", "outline")
   config.bench.filtered = "test"

@@ -11,10 +11,6 @@ def test_weighted_sums_over_shifts_are_right_under_jit(size):
   rng = np.random.default_rng(0)
   w = rng.normal(size=(5, size, size)).astype(np.float32)
   q = rng.normal(size=(5, 3, size, size)).astype(np.float32)
-  was = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", False)
-  try:
-    got = jax.jit(lambda w, q: (w[:, None] * q).sum(0))(w, jnp.asarray(q))
-  finally:
-    jax.config.update("jax_disable_most_optimizations", was)
+  got = jax.jit(lambda w, q: (w[:, None] * q).sum(0))(w, jnp.asarray(q))
   np.testing.assert_allclose(got, (w[:, None] * q).sum(0), atol=1e-4)

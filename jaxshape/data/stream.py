@@ -126,7 +126,8 @@ def evaluate(
     process_count: See `train`.
 
   Returns:
-    Batches with "mask", a float32 that is 0 where a row is padding.
+    Batches with "mask", a float32 that is 0 where a row is padding, and
+    "index", an int32, each row's number in the source (-1 for padding).
 
   Raises:
     InputError: As in `train`.
@@ -188,11 +189,12 @@ class _EvalBatch:
     start = step * self._batch_size
     there = [start + r for r in self._rows if start + r < len(self._source)]
     examples = [dict(self._source[i]) for i in there]
-    for example in examples:
+    for i, example in zip(there, examples, strict=True):
       example.setdefault("mask", np.float32(1))
+      example["index"] = np.int32(i)
     # Padding repeats an example, so that no formula meets what no data has.
     last = examples[-1] if examples else dict(self._source[0])
-    padding = {**last, "mask": np.float32(0)}
+    padding = {**last, "mask": np.float32(0), "index": np.int32(-1)}
     return _stack(examples + [padding] * (len(self._rows) - len(examples)))
 
 

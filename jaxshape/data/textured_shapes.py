@@ -1,18 +1,16 @@
 """Generated pictures in which texture gives the class away, until it misleads.
 
-A silhouette of one of sixteen things, filled with a texture, lies on ground of
-another texture; light, colours, contrast, pose and build vary. In training, the
-family of the figure's texture gives the class away most of the time. The other
-splits take that away, each in its way:
+A silhouette of one of sixteen things, filled with a texture, lies on calmer
+ground of a texture that belongs to no class; light, colours, contrast, pose and
+build vary. In training, the family of the figure's texture gives the class away
+most of the time. The other splits take that away, each in its way:
 
   train          texture family = class with probability `texture_correlation`
   test           the same rule, other pictures
   texture_shift  families that training never shows, drawn without regard to
                  the class, on the figure and on the ground
   cue_conflict   the shape of one class in the texture of another, each of the
-                 240 pairs equally often, on grey ground without texture but
-                 for the light and the grain of every picture, so that a
-                 picture holds one shape cue and one texture cue
+                 240 pairs equally often
   outline        a dark line on light paper
   silhouette     the figure black on white
 
@@ -54,6 +52,9 @@ SIZES = {
 SPLITS = tuple(SIZES)
 NO_TEXTURE = -1
 _SMALLEST, _LARGEST = 32, 224
+# Standard deviation of a texture, in grey levels, from least to most.
+_FIGURE = (8.0, 36.0)
+_GROUND = (3.0, 24.0)
 
 
 def _log_uniform(draw: np.random.Generator, low: float, high: float) -> float:
@@ -123,22 +124,20 @@ def _photograph(
   parts: list[outlines.Part],
   *,
   figure: int,
-  ground: int | None,
+  ground: int,
   size: int,
 ) -> np.ndarray:
-  """The figure on its ground; without a family for that, on plain grey."""
+  """The figure on its ground."""
   mask = outlines.mask(parts, size=size)
   means = _colours(draw)
-  contrasts = [_log_uniform(draw, 3.2, 32) for _ in range(2)]
+  # Figures are what a photograph is of: the ground is calmer.
+  contrasts = [_log_uniform(draw, *_FIGURE), _log_uniform(draw, *_GROUND)]
   front = _surface(
     draw, figure, size=size, mean=means[0], contrast=contrasts[0]
   )
-  if ground is None:
-    back = np.full_like(front, means[1].mean())
-  else:
-    back = _surface(
-      draw, ground, size=size, mean=means[1], contrast=contrasts[1]
-    )
+  back = _surface(
+    draw, ground, size=size, mean=means[1], contrast=contrasts[1]
+  )
   on_front, on_back = _light(draw, mask)
   noise = np.float32(draw.uniform(0.4, 2.0))
   back *= on_back
@@ -217,22 +216,23 @@ class Source:
 
   def _textures(
     self, draw: np.random.Generator, i: int
-  ) -> tuple[int, int | None]:
+  ) -> tuple[int, int]:
     """Families of figure and ground."""
     label, known = i % len(CLASSES), len(textures.TRAINING)
     if self._split in ("outline", "silhouette"):
-      return NO_TEXTURE, None
+      return NO_TEXTURE, NO_TEXTURE
+    if self._split == "texture_shift":
+      one, two = draw.integers(known, known + len(textures.NOVEL), 2)
+      return int(one), int(two)
+    ground = int(draw.integers(len(textures.GROUND)))
+    ground += known + len(textures.NOVEL)
     if self._split == "cue_conflict":
       pair = i // len(CLASSES) % (len(CLASSES) - 1)
-      return (label + 1 + pair) % len(CLASSES), None
-    if self._split == "texture_shift":
-      one, two = draw.integers(known, len(textures.FAMILIES), 2)
-      return int(one), int(two)
-    figure = label
+      return (label + 1 + pair) % len(CLASSES), ground
     other = int(draw.integers(1, known))
     if draw.random() >= self._correlation:
-      figure = (label + other) % known
-    return figure, int(draw.integers(known))
+      return (label + other) % known, ground
+    return label, ground
 
   def _example(self, i: int) -> dict[str, Any]:
     draw = np.random.default_rng([self._seed, SPLITS.index(self._split), i])

@@ -1,4 +1,4 @@
-"""Families of texture: sixteen to learn from, ten that are never learned.
+"""Families of texture: sixteen to learn, ten never learned, three of grounds.
 
 A texture is a field of one number per pixel. Every drawing has its own period,
 orientation, phase and bend, all in units of 1/64 of the picture's side, so that
@@ -19,6 +19,8 @@ _Family = Callable[
   [np.random.Generator, np.ndarray, np.ndarray, np.float32], np.ndarray
 ]
 _TURN = np.float32(2 * np.pi)
+# Things in photographs stand more or less upright, and so does their texture.
+_TILT = 0.6
 
 
 def _fraction(x: _Field) -> _Field:
@@ -289,41 +291,63 @@ def _contours(draw, u, v, soft):
   return np.minimum(_bars(hills, 0.6, 2 * soft), 1)
 
 
+def _plaster(draw, u, v, soft):
+  del soft
+  return _clouds(draw, u, v)
+
+
+def _sand(draw, u, v, soft):
+  del soft
+  return _noise(draw, u, v)
+
+
+def _brushed(draw, u, v, soft):
+  del soft
+  return _noise(draw, 2 * u, v * 0.12)
+
+
 # Drawn by, shortest and longest period in 1/64 of the picture's side.
 _TRAINING: dict[str, tuple[_Family, float, float]] = {
-  "stripes": (_stripes, 3, 9),
-  "checks": (_checks, 2.5, 7),
-  "dots": (_dots, 4, 10),
-  "cells": (_cells, 4.5, 11),
-  "bricks": (_bricks, 3.5, 7),
-  "waves": (_waves, 3.5, 9),
-  "noise": (_noise_field, 3, 9),
-  "scales": (_scales, 5, 11),
-  "grid": (_grid, 4, 10),
-  "triangles": (_triangles, 4.5, 11),
-  "hexagons": (_hexagons, 5, 11),
-  "zigzag": (_zigzag, 4, 9),
-  "wood": (_wood, 4, 10),
-  "weave": (_weave, 3.5, 8),
-  "fur": (_fur, 4, 9),
-  "spots": (_spots, 4, 10),
+  "stripes": (_stripes, 3.9, 6.8),
+  "checks": (_checks, 3.2, 5.4),
+  "dots": (_dots, 5.0, 8.0),
+  "cells": (_cells, 5.6, 8.8),
+  "bricks": (_bricks, 4.2, 5.9),
+  "waves": (_waves, 4.4, 7.1),
+  "noise": (_noise_field, 3.9, 6.8),
+  "scales": (_scales, 6.1, 9.0),
+  "grid": (_grid, 5.0, 8.0),
+  "triangles": (_triangles, 5.6, 8.8),
+  "hexagons": (_hexagons, 6.1, 9.0),
+  "zigzag": (_zigzag, 4.9, 7.3),
+  "wood": (_wood, 5.0, 8.0),
+  "weave": (_weave, 4.3, 6.5),
+  "fur": (_fur, 4.9, 7.3),
+  "spots": (_spots, 5.0, 8.0),
 }
 _NOVEL: dict[str, tuple[_Family, float, float]] = {
-  "rings": (_rings, 8, 14),
-  "crosses": (_crosses, 5, 11),
-  "herringbone": (_herringbone, 3.5, 7),
-  "marble": (_marble, 4, 10),
-  "lenses": (_lenses, 4, 9),
-  "labyrinth": (_labyrinth, 4, 9),
-  "arcs": (_arcs, 4, 9),
-  "plaid": (_plaid, 5, 12),
-  "spirals": (_spirals, 8, 14),
-  "contours": (_contours, 4, 10),
+  "rings": (_rings, 9.2, 12.2),
+  "crosses": (_crosses, 6.1, 9.0),
+  "herringbone": (_herringbone, 4.2, 5.9),
+  "marble": (_marble, 5.0, 8.0),
+  "lenses": (_lenses, 4.9, 7.3),
+  "labyrinth": (_labyrinth, 4.9, 7.3),
+  "arcs": (_arcs, 4.9, 7.3),
+  "plaid": (_plaid, 6.2, 9.6),
+  "spirals": (_spirals, 9.2, 12.2),
+  "contours": (_contours, 5.0, 8.0),
+}
+# Coarser, finer or longer than anything above.
+_GROUND: dict[str, tuple[_Family, float, float]] = {
+  "plaster": (_plaster, 14, 28),
+  "sand": (_sand, 1.2, 1.8),
+  "brushed": (_brushed, 3, 6),
 }
 TRAINING = tuple(_TRAINING)
 NOVEL = tuple(_NOVEL)
-FAMILIES = TRAINING + NOVEL
-_DRAWN_BY = (*_TRAINING.values(), *_NOVEL.values())
+GROUND = tuple(_GROUND)
+FAMILIES = TRAINING + NOVEL + GROUND
+_DRAWN_BY = (*_TRAINING.values(), *_NOVEL.values(), *_GROUND.values())
 
 
 @functools.lru_cache(maxsize=8)
@@ -354,7 +378,7 @@ def field(
     raise ValueError(f"size must be at least 8, got {size}.")
   function, shortest, longest = _DRAWN_BY[family]
   period = shortest * (longest / shortest) ** draw.random()
-  angle = draw.uniform(0, 2 * np.pi)
+  angle = draw.uniform(-_TILT, _TILT)
   cos, sin = np.cos(angle) / period, np.sin(angle) / period
   # A gentle bend, as of cloth or bark, never shorter than half the picture.
   wave = draw.uniform(-0.14, 0.14, 2)

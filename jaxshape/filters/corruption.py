@@ -46,6 +46,96 @@ def _full(x: jax.Array) -> jax.Array:
   return 255 * jnp.clip(x, 0, 1)
 
 
+# The formulas. Their parameters are traced, so that a severity compiles nothing
+# anew.
+
+
+@jax.jit
+def _gaussian_noise(key: Any, image: Any, c: Any) -> jax.Array:
+  x = _unit(image)
+  return _full(x + c * jax.random.normal(key, x.shape))
+
+
+@jax.jit
+def _shot_noise(key: Any, image: Any, c: Any) -> jax.Array:
+  return _full(jax.random.poisson(key, c * _unit(image)) / c)
+
+
+@jax.jit
+def _impulse_noise(key: Any, image: Any, share: Any) -> jax.Array:
+  x = _unit(image)
+  draw = jax.random.uniform(key, x.shape)
+  impulse = jnp.where(draw < share / 2, 0.0, 1.0)
+  return _full(jnp.where(draw < share, impulse, x))
+
+
+@jax.jit
+def _speckle_noise(key: Any, image: Any, c: Any) -> jax.Array:
+  x = _unit(image)
+  return _full(x + c * x * jax.random.normal(key, x.shape))
+
+
+@jax.jit
+def _spread(image: Any, disk: Any) -> jax.Array:
+  x = jnp.moveaxis(_unit(image), -1, -3)
+  reach = len(disk) // 2
+  border = [(0, 0)] * (x.ndim - 2) + [(reach, reach)] * 2
+  planes = jnp.pad(x, border, mode="reflect")
+  planes = planes.reshape(-1, 1, *planes.shape[-2:])
+  out = lax.conv_general_dilated(
+    planes,
+    disk[None, None],
+    (1, 1),
+    "VALID",
+    precision=lax.Precision.HIGHEST,
+  )
+  return _full(jnp.moveaxis(out.reshape(x.shape), -3, -1))
+
+
+@jax.jit
+def _contrast(image: Any, c: Any) -> jax.Array:
+  x = _unit(image)
+  mean = x.mean((-3, -2), keepdims=True)
+  return _full(c * (x - mean) + mean)
+
+
+@jax.jit
+def _brightness(image: Any, c: Any) -> jax.Array:
+  x = _unit(image)
+  # At constant hue and saturation, colours are proportional to their value.
+  value = x.max(-1, keepdims=True)
+  brighter = jnp.minimum(value + c, 1)
+  some = value > 0
+  x = jnp.where(some, x * brighter / jnp.where(some, value, 1), brighter)
+  return _full(x)
+
+
+@jax.jit
+def _saturate(image: Any, a: Any, b: Any) -> jax.Array:
+  x = _unit(image)
+  value = x.max(-1, keepdims=True)
+  # What a colour lacks to its value, per unit of saturation; hue 0 for grey.
+  lack = value - x
+  chroma = lack.max(-1, keepdims=True)
+  some = chroma > 0
+  grey = value * jnp.array([0.0, 1.0, 1.0])
+  full = jnp.where(some, lack * value / jnp.where(some, chroma, 1), grey)
+  saturation = chroma / jnp.where(value > 0, value, 1)
+  return _full(value - jnp.clip(a * saturation + b, 0, 1) * full)
+
+
+@jax.jit
+def _by_matrices(image: Any, of_rows: Any, of_columns: Any) -> jax.Array:
+  x = jnp.einsum(
+    "hi,wj,...ijc->...hwc",
+    of_rows,
+    of_columns,
+    _unit(image),
+    precision=lax.Precision.HIGHEST,
+  )
+  return _full(x)
+
+
 @typed
 def gaussian_noise(
   key: Key[Array, ""], image: Rgb, *, severity: int
@@ -64,8 +154,7 @@ def gaussian_noise(
     Hendrycks and Dietterich 2019, "Gaussian noise".
   """
   c = _parameter(severity, (0.08, 0.12, 0.18, 0.26, 0.38))
-  x = _unit(image)
-  return _full(x + c * jax.random.normal(key, x.shape))
+  return _gaussian_noise(key, image, c)
 
 
 @typed
@@ -84,7 +173,7 @@ def shot_noise(key: Key[Array, ""], image: Rgb, *, severity: int) -> Corrupted:
     Hendrycks and Dietterich 2019, "Shot noise".
   """
   c = _parameter(severity, (60, 25, 12, 5, 3))
-  return _full(jax.random.poisson(key, c * _unit(image)) / c)
+  return _shot_noise(key, image, c)
 
 
 @typed
@@ -105,10 +194,7 @@ def impulse_noise(
     Hendrycks and Dietterich 2019, "Impulse noise".
   """
   share = _parameter(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
-  x = _unit(image)
-  draw = jax.random.uniform(key, x.shape)
-  x = jnp.where(draw < share, jnp.where(draw < share / 2, 0.0, 1.0), x)
-  return _full(x)
+  return _impulse_noise(key, image, share)
 
 
 @typed
@@ -129,8 +215,7 @@ def speckle_noise(
     Hendrycks and Dietterich 2019, "Speckle noise" (an extra corruption).
   """
   c = _parameter(severity, (0.15, 0.2, 0.35, 0.45, 0.6))
-  x = _unit(image)
-  return _full(x + c * x * jax.random.normal(key, x.shape))
+  return _speckle_noise(key, image, c)
 
 
 @typed
@@ -183,22 +268,10 @@ def defocus_blur(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Defocus blur".
   """
-  disk = _disk(
-    *_parameter(severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)))
+  radius, softness = _parameter(
+    severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
   )
-  x = jnp.moveaxis(_unit(image), -1, -3)
-  reach = len(disk) // 2
-  border = [(0, 0)] * (x.ndim - 2) + [(reach, reach)] * 2
-  planes = jnp.pad(x, border, mode="reflect")
-  planes = planes.reshape(-1, 1, *planes.shape[-2:])
-  out = lax.conv_general_dilated(
-    planes,
-    jnp.asarray(disk)[None, None],
-    (1, 1),
-    "VALID",
-    precision=lax.Precision.HIGHEST,
-  )
-  return _full(jnp.moveaxis(out.reshape(x.shape), -3, -1))
+  return _spread(image, _disk(radius, softness))
 
 
 @typed
@@ -216,9 +289,7 @@ def contrast(image: Rgb, *, severity: int) -> Corrupted:
     Hendrycks and Dietterich 2019, "Contrast".
   """
   c = _parameter(severity, (0.4, 0.3, 0.2, 0.1, 0.05))
-  x = _unit(image)
-  mean = x.mean((-3, -2), keepdims=True)
-  return _full(c * (x - mean) + mean)
+  return _contrast(image, c)
 
 
 @typed
@@ -236,13 +307,7 @@ def brightness(image: Rgb, *, severity: int) -> Corrupted:
     Hendrycks and Dietterich 2019, "Brightness".
   """
   c = _parameter(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
-  x = _unit(image)
-  # At constant hue and saturation, colours are proportional to their value.
-  value = x.max(-1, keepdims=True)
-  brighter = jnp.minimum(value + c, 1)
-  some = value > 0
-  x = jnp.where(some, x * brighter / jnp.where(some, value, 1), brighter)
-  return _full(x)
+  return _brightness(image, c)
 
 
 @typed
@@ -262,16 +327,7 @@ def saturate(image: Rgb, *, severity: int) -> Corrupted:
   a, b = _parameter(
     severity, ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2))
   )
-  x = _unit(image)
-  value = x.max(-1, keepdims=True)
-  # What a colour lacks to its value, per unit of saturation; hue 0 for grey.
-  lack = value - x
-  chroma = lack.max(-1, keepdims=True)
-  some = chroma > 0
-  grey = value * jnp.array([0.0, 1.0, 1.0])
-  full = jnp.where(some, lack * value / jnp.where(some, chroma, 1), grey)
-  saturation = chroma / jnp.where(value > 0, value, 1)
-  return _full(value - jnp.clip(a * saturation + b, 0, 1) * full)
+  return _saturate(image, a, b)
 
 
 @typed
@@ -289,16 +345,9 @@ def pixelate(image: Rgb, *, severity: int) -> Corrupted:
     Hendrycks and Dietterich 2019, "Pixelate".
   """
   share = _parameter(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
-  x = _unit(image)
-  height, width = x.shape[-3:-1]
-  x = jnp.einsum(
-    "hi,wj,...ijc->...hwc",
-    _pixelation(height, share),
-    _pixelation(width, share),
-    x,
-    precision=lax.Precision.HIGHEST,
-  )
-  return _full(x)
+  height, width = np.shape(image)[-3:-1]
+  matrices = _pixelation(height, share), _pixelation(width, share)
+  return _by_matrices(image, *matrices)
 
 
 def _boxes(size: int, new_size: int) -> np.ndarray:
@@ -360,11 +409,6 @@ def corrupt(
   """
   if name not in NAMES:
     raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
-  return _corrupt(key, image, name=name, severity=severity)
-
-
-@functools.partial(jax.jit, static_argnames=("name", "severity"))
-def _corrupt(key: Any, image: Any, *, name: str, severity: int) -> Any:
   if name in _DRAWN:
     return _DRAWN[name](key, image, severity=severity)
   return _FIXED[name](image, severity=severity)

@@ -242,10 +242,15 @@ def _evaluators(
 ) -> Mapping[str, Evaluator]:
   """One accuracy per split, and what `config.bench` asks for besides."""
 
-  def batches(split: str) -> evaluators.Data:
+  def batches(split: str, most: int = 0) -> evaluators.Data:
     @functools.cache  # A source is opened when it is first needed, and once.
     def source():
-      return _source(config, split)
+      whole = _source(config, split)
+      if not 0 < most < len(whole):
+        return whole
+      # Drawn, as neighbours in a source are often of one class.
+      drawn = np.random.default_rng(0).permutation(len(whole))[:most]
+      return sources.Subset(whole, np.sort(drawn))
 
     return lambda: stream.evaluate(source(), batch_size=config.batch_size)
 
@@ -261,7 +266,7 @@ def _evaluators(
   if bench.corruptions:
     out["corruption"] = evaluators.corruptions(
       classifier,
-      batches(bench.corruption_split),
+      batches(bench.corruption_split, bench.corruption_examples),
       names=bench.corruptions,
       severities=bench.severities,
     )
