@@ -15,7 +15,14 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from jaxshape import system as system_lib
-from jaxshape.engine import checkpoints, command, logs, report, runtime
+from jaxshape.engine import (
+  checkpoints,
+  command,
+  logs,
+  report,
+  runtime,
+  settings,
+)
 from jaxshape.errors import InputError
 from jaxshape.typing import Config
 
@@ -41,6 +48,7 @@ def evaluate(
   Raises:
     InputError: There is no intact checkpoint, though the system trains.
   """
+  settings.check(config)
   mesh = runtime.make_mesh(config.mesh)
   runtime.check_batch_size(config.batch_size, mesh)
   system = system_lib.load(config)
@@ -81,15 +89,16 @@ def main() -> None:
   values = flags.FLAGS
   if not values.workdir:
     raise InputError("name the run to evaluate with --workdir=runs/<name>.")
+  names = [pathlib.PurePath(workdir).name for workdir in values.workdir]
+  if not all(names) or len(set(names)) < len(names):
+    raise InputError(
+      "the folders of --workdir must have last parts that differ, got "
+      f"{', '.join(map(repr, values.workdir))}."
+    )
   results = []
   for workdir in values.workdir:
     config = values.config or command.read_config(workdir)
     results.append(evaluate(config, workdir, step=values.checkpoint))
-  names = [result.name for result in results]
-  if len(set(names)) < len(names):
-    raise InputError(
-      f"the folders must differ in their last part, got {', '.join(names)}."
-    )
   output = values.output or os.path.join(values.workdir[0], "eval")
   page = report.write(output, results, title=" against ".join(names))
   print(report.text_table(results))  # noqa: T201 (this is the answer)

@@ -6,7 +6,7 @@ The only training loop. Started again on the same workdir it goes on where it
 stopped, as if nothing had happened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import functools
 import math
@@ -21,8 +21,15 @@ import jax
 from ml_collections import config_flags
 
 from jaxshape import system as system_lib
-from jaxshape.engine import checkpoints, command, logs, runtime, steps
-from jaxshape.errors import InputError
+from jaxshape.engine import (
+  checkpoints,
+  command,
+  logs,
+  runtime,
+  settings,
+  steps,
+)
+from jaxshape.errors import InputError, reading_config
 from jaxshape.system import System, TrainState
 from jaxshape.typing import Config
 
@@ -51,7 +58,9 @@ def train(
     InputError: The config, the data or the workdir does not fit, or a loss is
       not finite (with the step, the player and the last good checkpoint).
     Preempted: SIGTERM came; the state is saved.
+    KeyboardInterrupt: Ctrl-C came; the state is saved, unless it came again.
   """
+  settings.check(config)
   mesh = runtime.make_mesh(config.mesh)
   runtime.check_batch_size(config.batch_size, mesh)
   system = system_lib.load(config)
@@ -61,7 +70,6 @@ def train(
     )
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoints.lock(workdir))
-    command.write_config(config, workdir)
     saved = checkpoints.Checkpoints(
       workdir,
       keep=config.keep,
@@ -69,6 +77,7 @@ def train(
       best_mode=config.best_mode,
     )
     state, origin = start(config, system, mesh, saved)
+    command.write_config(config, workdir)  # Not before it fits what is there.
     first = int(state.step)
     log = logs.Logs(workdir, start=first, total=config.steps)
     stack.callback(log.close)
@@ -79,7 +88,9 @@ def train(
     )
     if first >= config.steps:
       return state
-    stopped = stack.enter_context(_stop_signal())
+    if config.eval_every:
+      _check_evaluators(config, system, state, mesh)
+    stopped = stack.enter_context(_stop_signals())
     batches = runtime.placed(system.train_data(first), mesh)
     stack.enter_context(contextlib.closing(batches))
     loop = _Loop(config, system, mesh, saved, log)
@@ -136,7 +147,7 @@ class _Loop:
     self,
     state: TrainState,
     batches: Any,
-    stopped: threading.Event,
+    stopped: list[int],
     profile: str | os.PathLike[str] | None,
   ) -> TrainState:
     """From the state's step to the last one."""
@@ -156,12 +167,12 @@ class _Loop:
     for step in range(first + 1, config.steps + 1):
       if self._due(config.refresh_every, step - 1) and self.system.refresh:
         state = jax.device_put(self.system.refresh(state), shardings)
-      began = time.perf_counter()
-      batch = next(batches)
-      self.waited += time.perf_counter() - began
+      batch = self._next(batches, stopped)
       if compiled is None:
         began = time.perf_counter()
-        compiled = advance.lower(state, batch).compile()
+        with reading_config():
+          lowered = advance.lower(state, batch)
+        compiled = lowered.compile()
         took = time.perf_counter() - began
         self.log.write(step, {"train/compile_seconds": took})
         self.log.say(f"compiled in {took:.1f} s")
@@ -177,12 +188,31 @@ class _Loop:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
       self.log.advance()
-      last = step == config.steps or stopped.is_set()
+      # Asked once: what comes while it saves is for the next step.
+      last = step == config.steps or bool(stopped)
       self._after(state, step, last=last)
-      if stopped.is_set() and step < config.steps:
-        self.log.say(f"told to stop: step {step} is saved; start me again.")
-        raise Preempted(AGAIN)
+      if last and step < config.steps:
+        self._stop(step, stopped)
     return state
+
+  def _next(self, batches: Any, stopped: list[int]) -> Any:
+    """The next batch, and how long it took."""
+    began = time.perf_counter()
+    try:
+      return next(batches)
+    except Exception as error:  # Ctrl-C reaches starting workers, too.
+      if signal.SIGINT not in stopped:
+        raise
+      raise KeyboardInterrupt("start me again.") from error
+    finally:
+      self.waited += time.perf_counter() - began
+
+  def _stop(self, step: int, stopped: list[int]) -> None:
+    told = f"step {step} is saved; start me again."
+    if signal.SIGINT in stopped:
+      raise KeyboardInterrupt(told)
+    self.log.say(f"told to stop: {told}")
+    raise Preempted(AGAIN)
 
   def _after(self, state: TrainState, step: int, *, last: bool) -> None:
     """What is due after a step: log, evaluate, save."""
@@ -259,18 +289,42 @@ class _Loop:
     return every > 0 and step % every == 0
 
 
+def _check_evaluators(
+  config: Config, system: System, state: TrainState, mesh: jax.sharding.Mesh
+) -> None:
+  """Refuses before the first step what would else end the run hours later."""
+  best = config.best_metric
+  if best and best.split("/")[0] not in system.evaluators:
+    raise InputError(
+      f"config.best_metric must be <evaluator>/<metric>, got {best!r}; the "
+      f"evaluators are: {', '.join(system.evaluators) or 'none'}"
+    )
+  for evaluator in system.evaluators.values():
+    runtime.rehearse(evaluator, state, mesh)
+
+
 @contextlib.contextmanager
-def _stop_signal():
-  """An event that SIGTERM sets, where this thread may listen to signals."""
-  event = threading.Event()
+def _stop_signals() -> Iterator[list[int]]:
+  """Collects SIGTERM and Ctrl-C where this thread may listen to signals.
+
+  The second Ctrl-C stops at once.
+  """
+  came: list[int] = []
   if threading.current_thread() is not threading.main_thread():
-    yield event
+    yield came
     return
-  before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+  def note(number: int, _: object) -> None:
+    if number == signal.SIGINT and number in came:
+      raise KeyboardInterrupt
+    came.append(number)
+
+  before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield event
+    yield came
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ Every variant of the paper is a value of `config.suppression`:
                           --config.suppression.iterations=10,20
   Gaussian blur           --config.suppression.filter=gaussian
   fine-tuning, Sec. 4     --config=...:small_finetune --config.init_from=runs/x
+
+Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
+  --config=...:folder --config.data.source=folder:<root>
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +26,7 @@ MODES = (
   "small",
   "small_finetune",
   "tiny",
+  "folder",
 )
 
 
@@ -61,7 +65,9 @@ def get_config(mode: str = "imagenet") -> Config:
   config.data.options = ConfigDict()  # What the source takes besides.
 
   config.augment = ConfigDict()  # On the device, after the filter.
-  config.augment.random_resized_crop = ConfigDict({"size": 224})
+  config.augment.random_resized_crop = ConfigDict(
+    {"size": config.data.get_ref("image_size")}
+  )
   config.augment.horizontal_flip = ConfigDict()
 
   config.bench = ConfigDict()
@@ -85,6 +91,8 @@ def get_config(mode: str = "imagenet") -> Config:
   config.optimizer.schedule = "steps"
   config.optimizer.boundaries = (150_000, 300_000)
   config.optimizer.factor = 0.1
+  # Schedules that have an end follow another --config.steps.
+  config.optimizer.total_steps = config.get_ref("steps")
 
   if mode == "imagenet_finetune":
     config.suppression.policy = "original"
@@ -111,14 +119,12 @@ def get_config(mode: str = "imagenet") -> Config:
     config.steps = 78_000  # 100 epochs of the union.
     config.best_metric = "test/top1"
     config.optimizer.schedule = "cosine"
-    config.optimizer.total_steps = config.steps
   if mode in ("small", "small_finetune", "tiny"):
     _generated(config)
   if mode == "small_finetune":
     config.suppression.policy = "original"
-    config.steps = 150
-    config.optimizer.learning_rate = 0.01
-    config.optimizer.total_steps = config.steps
+    config.steps = 300
+    config.optimizer.learning_rate = 0.001
   if mode == "tiny":
     config.width = 4
     config.steps = 6
@@ -130,8 +136,23 @@ def get_config(mode: str = "imagenet") -> Config:
     config.suppression.iterations = (2, 4)
     config.bench.corruptions = ("gaussian_noise", "contrast")
     config.bench.severities = (3,)
-    config.optimizer.total_steps = config.steps
     config.optimizer.warmup_steps = 2
+  if mode == "folder":
+    config.backbone = "resnet18"
+    config.data.source = ""
+    config.data.eval_splits = ("val",)
+    config.data.options.skip_damaged = False
+    config.data.options.classes = ()  # Their order; () for all there are.
+    config.bench.saliency = ()
+    config.bench.filtered = ""
+    config.batch_size = 64
+    config.steps = 10_000
+    config.eval_every = 1000
+    config.save_every = 1000
+    config.best_metric = ""
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 500
   return config
 
 
@@ -149,11 +170,11 @@ CORRUPTIONS = (
 def _generated(config: Config) -> None:
   """Minutes on two cores: a small network on `textured_shapes`."""
   config.backbone = "resnet8"
-  config.width = 16
-  config.stem = "medium"
+  config.width = 32
+  config.stem = "imagenet"
   config.mean = (127.5, 127.5, 127.5)
   config.std = (64.0, 64.0, 64.0)
-  config.suppression.sigma = (1.0, 4.0)  # 10..20 at 224 px, for 64 px.
+  config.suppression.sigma = (2.9, 5.7)  # 10..20 at 224 px, for 64 px.
   config.data.source = "textured_shapes"
   config.data.image_size = 64
   config.data.eval_splits = (
@@ -175,12 +196,13 @@ def _generated(config: Config) -> None:
   config.bench.severities = (1, 3, 5)
   config.bench.saliency = ("test", "outline")
   config.bench.filtered = "test"
-  config.batch_size = 64
-  config.steps = 800
-  config.save_every = 200
+  config.batch_size = 32
+  config.steps = 1500
+  config.save_every = 300
   config.eval_every = 0
   config.best_metric = ""
-  config.optimizer.learning_rate = 0.1
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 0.01
+  config.optimizer.weight_decay = 0.05
   config.optimizer.schedule = "cosine"
-  config.optimizer.total_steps = config.steps
-  config.optimizer.warmup_steps = 50
+  config.optimizer.warmup_steps = 100

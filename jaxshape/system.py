@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import flax.struct
 import jax
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, reading_config
 from jaxshape.typing import Batch, Config, Metrics, PyTree
 
 if TYPE_CHECKING:  # Drawing is not needed to train.
@@ -106,21 +106,26 @@ def load(config: Config) -> System:
     What the module's `make(config)` returns.
 
   Raises:
-    InputError: `config.system` is missing or names no module.
+    InputError: `config.system` is missing or names no module, or the system
+      refuses the config.
   """
   name = config.get("system")
-  if not isinstance(name, str):
+  if not isinstance(name, str) or not name:
     raise InputError(
       f"config.system must be the name of a system, got {name!r}; there are: "
       + ", ".join(names())
     )
   module = name if "." in name else f"jaxshape.systems.{name}"
+  unknown = InputError(
+    f"config.system={name!r} is no system; there are: " + ", ".join(names())
+  )
   try:
-    found = importlib.util.find_spec(module)
-  except ModuleNotFoundError:
-    found = None
-  if found is None:
-    raise InputError(
-      f"config.system={name!r} is no system; there are: " + ", ".join(names())
-    )
-  return importlib.import_module(module).make(config)
+    if importlib.util.find_spec(module) is None:
+      raise unknown
+  except ImportError as error:  # A package on the way is missing, or "..".
+    raise unknown from error
+  found = importlib.import_module(module)
+  if not hasattr(found, "make"):
+    raise unknown
+  with reading_config():
+    return found.make(config)

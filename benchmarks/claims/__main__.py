@@ -22,10 +22,10 @@ import sys
 import time
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from benchmarks import claims
+from benchmarks.claims import _runs
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
@@ -60,11 +60,11 @@ def main() -> None:
   with concurrent.futures.ProcessPoolExecutor(
     values.jobs,
     mp_context=context,
-    initializer=_one_core_each,
+    initializer=_runs.one_core_each,
     initargs=(context.Value("i", 0), values.jobs),
   ) as pool:
     tasks = {
-      pool.submit(_run, values.name, variant, seed, str(folder)): (
+      pool.submit(_runs.run, values.name, variant, seed, str(folder)): (
         seed,
         variant,
       )
@@ -116,11 +116,13 @@ def summarize(
     if {claim.better, claim.than} <= set(variants)
   ]
   minutes = [found[run]["minutes"] for run in found]
+  some = list(variants) != list(study.variants)
   lines = [
     f"# Claims of {name}",
     "",
     f"`python -m benchmarks.claims {name} --seeds "
     + " ".join(map(str, seeds))
+    + (f" --variants {' '.join(variants)}" if some else "")
     + "`",
     "",
     f"Config `{study.config}`, seeds {', '.join(map(str, seeds))}; "
@@ -146,7 +148,15 @@ def summarize(
     "config": study.config,
     "variants": {k: dict(v) for k, v in study.variants.items()},
     "runs": [
-      {"seed": seed, "variant": variant, **found[seed, variant]}
+      {
+        "seed": seed,
+        "variant": variant,
+        # JSON has no NaN.
+        **{
+          name: value if math.isfinite(value) else None
+          for name, value in found[seed, variant].items()
+        },
+      }
       for seed, variant in sorted(found)
     ],
   }
@@ -178,59 +188,15 @@ def _judge(
     half = float(stats.t.ppf(0.975, n - 1) * error)
   low, high = mean - half, mean + half
   floor = 0.0 if claim.margin is None else -claim.margin
-  holds = low > floor
-  verdict = "holds" if holds else "does not hold"
-  if not holds and high > floor:
-    verdict = "undecided"
+  verdict = "undecided"  # Also where the interval is not a number.
+  if low > floor:
+    verdict = "holds"
+  elif high <= floor:
+    verdict = "does not hold"
   signs = int((gains > floor).sum())
   shown = claim.sign * mean, *sorted((claim.sign * low, claim.sign * high))
   difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*shown)
   return f"| {claim.text} | {difference} | {signs} of {n} | {verdict} |"
-
-
-def _run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
-  """Trains and evaluates one variant; in a process of its own."""
-  study: claims.Study = importlib.import_module(
-    f"benchmarks.claims.{name}"
-  ).STUDY
-  workdir = pathlib.Path(folder) / f"{variant}-{seed}"
-  workdir.mkdir(parents=True, exist_ok=True)
-  log = (workdir / "log.txt").open("a", encoding="utf-8")
-  sys.stdout = sys.stderr = log
-  import eval as evaluation  # noqa: PLC0415 (takes the log as its output)
-  import train  # noqa: PLC0415
-
-  path, mode = study.config.split(":")
-  module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-  config = module.get_config(mode)
-  changes = {**study.variants[variant], **dict.fromkeys(study.seeded, seed)}
-  config.update_from_flattened_dict(changes)
-  config.lock()
-  done = workdir / "numbers.json"
-  key = config.to_json_best_effort()
-  if done.exists():
-    kept = json.loads(done.read_text())
-    if kept["config"] == key:
-      return kept["numbers"]
-  began = time.monotonic()
-  train.train(ml_collections.FrozenConfigDict(config).as_configdict(), workdir)
-  numbers = evaluation.evaluate(config, workdir, pictures=False).metrics
-  out = {k: float(v) for k, v in numbers.items()}
-  out["minutes"] = (time.monotonic() - began) / 60
-  done.write_text(json.dumps({"config": key, "numbers": out}))
-  return out
-
-
-def _one_core_each(counter: Any, jobs: int) -> None:
-  """Small networks gain little from a second core; two runs at once do."""
-  with counter.get_lock():
-    index = counter.value
-    counter.value += 1
-  if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // jobs)
-    first = index * share % len(cores)
-    os.sched_setaffinity(0, cores[first : first + share])
 
 
 def _spell(value: float) -> str:

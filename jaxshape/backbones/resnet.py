@@ -142,8 +142,7 @@ class ResNet(nn.Module):
     num_classes: Number of logits, at least 1.
     width: Channels of the stem and of the first stage's 3x3 convolutions; each
       further stage has twice those of the one before.
-    stem: `"imagenet"` divides the image's sides by 4, `"medium"` by 2 (for
-      images of about 64 px), `"small"` keeps them.
+    stem: `"imagenet"` divides the image's sides by 4, `"small"` keeps them.
     zero_init: Whether each block starts as the identity (Goyal et al.,
       "Accurate, Large Minibatch SGD", 2017, Sec. 5.1).
     dtype: What is computed in.
@@ -164,7 +163,7 @@ class ResNet(nn.Module):
       raise ValueError(
         f"block must be 'basic' or 'bottleneck', got {self.block!r}."
       )
-    stems = {"imagenet": (7, 2), "medium": (5, 2), "small": (3, 1)}
+    stems = {"imagenet": (7, 2), "small": (3, 1)}
     if self.stem not in stems:
       raise ValueError(
         f"stem must be one of {', '.join(stems)}, got {self.stem!r}."
@@ -245,7 +244,7 @@ def make(
     name: One of `VARIANTS`.
     num_classes: Number of logits.
     width: Channels of the first stage; None for the name's own.
-    stem: `"imagenet"`, `"medium"` or `"small"`; None for the name's own.
+    stem: `"imagenet"` or `"small"`; None for the name's own.
     zero_init: Whether each block starts as the identity.
     dtype: What is computed in.
 

@@ -84,7 +84,12 @@ class Folder:
     if not 0 <= i < n:
       raise IndexError(f"example must be in 0..{n - 1}, got {i}.")
     if not self._skip_damaged:
-      return self._read(i, rng)
+      try:
+        return self._read(i, rng)
+      except decode.DamagedError as error:
+        raise decode.DamagedError(
+          f"{error} Replace it, or set data.options.skip_damaged=True."
+        ) from error
     drawn = {} if rng is None else rng.bit_generator.state
     for j in (*range(i, n), *range(i)):
       if j in self._damaged:
@@ -149,7 +154,8 @@ def open_source(
     image_size: See `decode.Decoder`, like all options not named here.
     data_dir: What a relative `name` starts from.
     classes: Labels in a fixed order, for data of another domain; folders of
-      other names are refused. By default the folders' names, sorted.
+      other names are refused. By default, or if empty, the folders' names,
+      sorted.
     skip_damaged: Whether the next intact image stands in for a damaged one,
       which is then listed in `damaged`, instead of an error.
     resize_to: See `decode.Decoder`.
@@ -258,6 +264,13 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
     raise InputError(
       f"{root} has no split {split!r}; there are: {_some(splits)}."
     )
+  if not split.startswith("train"):
+    logging.warning(
+      "%s has no splits (%s); all its images serve as %r, in training too.",
+      root,
+      " ".join(SPLITS),
+      split,
+    )
   return root
 
 
@@ -282,7 +295,7 @@ def _scan(
       len(loose),
       _some(loose),
     )
-  order = tuple(folders if classes is None else classes)
+  order = tuple(classes or folders)
   if unknown := [f for f in folders if f not in order]:
     raise InputError(
       f"{root} has folders that are not in classes: {_some(unknown)}."

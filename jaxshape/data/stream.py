@@ -9,6 +9,7 @@ stored for an exact resume. Each process gets a contiguous run of rows.
 from collections.abc import Iterator
 import functools
 import os
+import signal
 from typing import Any
 import weakref
 
@@ -223,6 +224,12 @@ def _check_not_empty(source: sources.Source) -> None:
     raise InputError("The data hold no examples.")
 
 
+def _leave_ctrl_c(index: int, count: int) -> None:
+  """Ctrl-C goes to all processes; only the first decides what follows."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _iterate(
   batches: grain.MapDataset,
   workers: int,
@@ -245,5 +252,5 @@ def _iterate(
     options = grain.MultiprocessingOptions(
       num_workers=workers, per_worker_buffer_size=prefetch
     )
-    dataset = dataset.mp_prefetch(options)
+    dataset = dataset.mp_prefetch(options, _leave_ctrl_c)
   return Batches(iter(dataset))

@@ -1,4 +1,4 @@
-"""Families of texture: sixteen to learn, ten never learned, three of grounds.
+"""Families of texture: sixteen to learn from, ten that are never learned.
 
 A texture is a field of one number per pixel. Every drawing has its own period,
 orientation, phase and bend, all in units of 1/64 of the picture's side, so that
@@ -20,7 +20,9 @@ _Family = Callable[
 ]
 _TURN = np.float32(2 * np.pi)
 # Things in photographs stand more or less upright, and so does their texture.
-_TILT = 0.6
+_TILT = 0.3
+# How far a period is from the middle of its family's, at most, as a factor.
+_SPREAD = 1.18
 
 
 def _fraction(x: _Field) -> _Field:
@@ -291,63 +293,41 @@ def _contours(draw, u, v, soft):
   return np.minimum(_bars(hills, 0.6, 2 * soft), 1)
 
 
-def _plaster(draw, u, v, soft):
-  del soft
-  return _clouds(draw, u, v)
-
-
-def _sand(draw, u, v, soft):
-  del soft
-  return _noise(draw, u, v)
-
-
-def _brushed(draw, u, v, soft):
-  del soft
-  return _noise(draw, 2 * u, v * 0.12)
-
-
-# Drawn by, shortest and longest period in 1/64 of the picture's side.
-_TRAINING: dict[str, tuple[_Family, float, float]] = {
-  "stripes": (_stripes, 3.9, 6.8),
-  "checks": (_checks, 3.2, 5.4),
-  "dots": (_dots, 5.0, 8.0),
-  "cells": (_cells, 5.6, 8.8),
-  "bricks": (_bricks, 4.2, 5.9),
-  "waves": (_waves, 4.4, 7.1),
-  "noise": (_noise_field, 3.9, 6.8),
-  "scales": (_scales, 6.1, 9.0),
-  "grid": (_grid, 5.0, 8.0),
-  "triangles": (_triangles, 5.6, 8.8),
-  "hexagons": (_hexagons, 6.1, 9.0),
-  "zigzag": (_zigzag, 4.9, 7.3),
-  "wood": (_wood, 5.0, 8.0),
-  "weave": (_weave, 4.3, 6.5),
-  "fur": (_fur, 4.9, 7.3),
-  "spots": (_spots, 5.0, 8.0),
+# Drawn by, and the middle of the periods, in 1/64 of the picture's side.
+_TRAINING: dict[str, tuple[_Family, float]] = {
+  "stripes": (_stripes, 5.1),
+  "checks": (_checks, 4.2),
+  "dots": (_dots, 6.3),
+  "cells": (_cells, 7.0),
+  "bricks": (_bricks, 5.0),
+  "waves": (_waves, 5.6),
+  "noise": (_noise_field, 5.1),
+  "scales": (_scales, 7.4),
+  "grid": (_grid, 6.3),
+  "triangles": (_triangles, 7.0),
+  "hexagons": (_hexagons, 7.4),
+  "zigzag": (_zigzag, 6.0),
+  "wood": (_wood, 6.3),
+  "weave": (_weave, 5.3),
+  "fur": (_fur, 6.0),
+  "spots": (_spots, 6.3),
 }
-_NOVEL: dict[str, tuple[_Family, float, float]] = {
-  "rings": (_rings, 9.2, 12.2),
-  "crosses": (_crosses, 6.1, 9.0),
-  "herringbone": (_herringbone, 4.2, 5.9),
-  "marble": (_marble, 5.0, 8.0),
-  "lenses": (_lenses, 4.9, 7.3),
-  "labyrinth": (_labyrinth, 4.9, 7.3),
-  "arcs": (_arcs, 4.9, 7.3),
-  "plaid": (_plaid, 6.2, 9.6),
-  "spirals": (_spirals, 9.2, 12.2),
-  "contours": (_contours, 5.0, 8.0),
-}
-# Coarser, finer or longer than anything above.
-_GROUND: dict[str, tuple[_Family, float, float]] = {
-  "plaster": (_plaster, 14, 28),
-  "sand": (_sand, 1.2, 1.8),
-  "brushed": (_brushed, 3, 6),
+_NOVEL: dict[str, tuple[_Family, float]] = {
+  "rings": (_rings, 10.6),
+  "crosses": (_crosses, 7.4),
+  "herringbone": (_herringbone, 5.0),
+  "marble": (_marble, 6.3),
+  "lenses": (_lenses, 6.0),
+  "labyrinth": (_labyrinth, 6.0),
+  "arcs": (_arcs, 6.0),
+  "plaid": (_plaid, 7.7),
+  "spirals": (_spirals, 10.6),
+  "contours": (_contours, 6.3),
 }
 TRAINING = tuple(_TRAINING)
 NOVEL = tuple(_NOVEL)
-GROUND = tuple(_GROUND)
-FAMILIES = TRAINING + NOVEL + GROUND
-_DRAWN_BY = (*_TRAINING.values(), *_NOVEL.values(), *_GROUND.values())
+FAMILIES = TRAINING + NOVEL
+_DRAWN_BY = (*_TRAINING.values(), *_NOVEL.values())
 
 
 @functools.lru_cache(maxsize=8)
@@ -376,8 +356,8 @@ def field(
     raise ValueError(f"family must be in 0..{len(FAMILIES) - 1}, got {family}.")
   if size < 8:
     raise ValueError(f"size must be at least 8, got {size}.")
-  function, shortest, longest = _DRAWN_BY[family]
-  period = shortest * (longest / shortest) ** draw.random()
+  function, middle = _DRAWN_BY[family]
+  period = middle * _SPREAD ** draw.uniform(-1, 1)
   angle = draw.uniform(-_TILT, _TILT)
   cos, sin = np.cos(angle) / period, np.sin(angle) / period
   # A gentle bend, as of cloth or bark, never shorter than half the picture.

@@ -68,6 +68,8 @@ class Checkpoints:
         f"config.best_mode must be max or min, got {best_mode!r}."
       )
     self.folder = _absolute(workdir) / FOLDER
+    if self.folder.exists() and not self.folder.is_dir():
+      raise InputError(f"{self.folder} is no folder; move it out of the way.")
     self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
     self._pending: tuple[int, Any] | None = None
 
@@ -314,7 +316,10 @@ def initialize_from(
   """
   run = Checkpoints(workdir)
   if not run.steps():
-    raise InputError(f"config.init_from: {run.folder} holds no checkpoint.")
+    raise InputError(
+      f"config.init_from: {run.folder} holds no checkpoint; give the --workdir "
+      "of a run that train.py has made."
+    )
   other, step = _load_any(run)
   theirs = {path_name(p): leaf for p, leaf in _leaves(other)}
   taken, left = [], []

@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
+import jax
 import ml_collections
 
 from jaxshape.engine import checkpoints
@@ -18,6 +19,8 @@ from jaxshape.errors import InputError
 from jaxshape.typing import Config
 
 CONFIG_FILE = "config.json"
+# What shells report for a program that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 def run(main: Callable[[], None]) -> None:
@@ -36,9 +39,26 @@ def run(main: Callable[[], None]) -> None:
     except checkpoints.SaveError as error:
       _say(error)
       os._exit(1)  # The failed writer's threads would never end.
-    except (InputError, MemoryError) as error:
+    except InputError as error:
       _say(error)
       sys.exit(1)
+    except OSError as error:  # The machine's matter: a full disk, a right.
+      if error.filename is None:
+        raise
+      _say(f"{os.fspath(error.filename)}: {error.strerror}.")
+      sys.exit(1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      text = " ".join(str(error).split())
+      if text and "RESOURCE_EXHAUSTED" not in text:
+        raise
+      _say(
+        "out of memory; lower --config.batch_size, or raise "
+        f"--config.accumulate. {text[:200]}"
+      )
+      sys.exit(1)
+    except KeyboardInterrupt as error:
+      _say(f"stopped by Ctrl-C; {error}".rstrip("; "))
+      sys.exit(_INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse)
 

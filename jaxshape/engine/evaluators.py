@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxshape.data import stream
 from jaxshape.engine import report
+from jaxshape.errors import InputError
 from jaxshape.explanations import class_activation
 from jaxshape.filters import corruption
 from jaxshape.metrics import classification, shape_bias
@@ -103,6 +104,11 @@ def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
   """
 
   def step(state: TrainState, batch: Batch) -> PyTree:
+    if "texture" not in batch:
+      raise InputError(
+        'cue conflict needs examples with a "texture" label beside "label", '
+        f"got {', '.join(sorted(batch))}."
+      )
     logits = classifier.logits(state, batch["image"])
     return {
       "mask": batch["mask"],
@@ -155,6 +161,7 @@ def corruptions(
     Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
     Corruptions and Perturbations", ICLR 2019, Sec. 4.
   """
+  _check_cases(names, severities)
   cases = [(name, severity) for name in names for severity in severities]
 
   def degraded() -> Iterator[Batch]:
@@ -210,6 +217,18 @@ def corruptions(
   return Evaluator(degraded, step, summarize, pictures)
 
 
+def _check_cases(names: Sequence[str], severities: Sequence[int]) -> None:
+  if unknown := [name for name in names if name not in corruption.NAMES]:
+    raise InputError(
+      f"corruptions: there is no {unknown[0]!r}; there are: "
+      + ", ".join(corruption.NAMES)
+    )
+  if not severities or not set(severities) <= {1, 2, 3, 4, 5}:
+    raise InputError(
+      f"severities must be some of 1 to 5, got {tuple(severities)}."
+    )
+
+
 def saliency(
   classifier: Classifier, data: Data, *, threshold: float = 0.5, shown: int = 8
 ) -> Evaluator:
@@ -251,14 +270,15 @@ def saliency(
     batches = data()
     with contextlib.closing(batches):
       batch = next(batches)
-    images = np.asarray(batch["image"])[:shown]
+    real = np.flatnonzero(batch["mask"])[:shown]
+    images = np.asarray(batch["image"])[real]
     maps, named = jax.jit(explain)(state, images)
     maps = class_activation.resize(
       class_activation.normalize(maps),
       height=images.shape[1],
       width=images.shape[2],
     )
-    truth = np.asarray(batch["label"])[:shown]
+    truth = np.asarray(batch["label"])[real]
     titles = [
       _title(classifier.classes, t, n)
       for t, n in zip(truth, np.asarray(named), strict=True)

@@ -1,6 +1,7 @@
 """Optimizers and schedules by configuration, all of them optax's."""
 
 from collections.abc import Mapping, Sequence
+import math
 import re
 from typing import Any
 
@@ -61,6 +62,14 @@ def schedule(options: Mapping[str, Any]) -> optax.Schedule:
     InputError: The name is unknown or the lengths do not fit.
   """
   rate, name = float(options["learning_rate"]), options["schedule"]
+  if not 0 <= rate < math.inf:
+    raise InputError(
+      f"optimizer.learning_rate must be a number from 0 up, got {rate}."
+    )
+  if not all(isinstance(step, int) for step in options["boundaries"]):
+    raise InputError(
+      f"optimizer.boundaries must be steps, got {tuple(options['boundaries'])}."
+    )
   warmup, total = int(options["warmup_steps"]), int(options["total_steps"])
   if name in ("cosine", "linear") and total <= warmup:
     raise InputError(
@@ -182,6 +191,14 @@ def _scale_by_path(
       if re.search(pattern, name):
         product *= value
     return product
+
+  for pattern, _ in factors:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise InputError(
+        f"optimizer: {pattern!r} is no regular expression: {error}."
+      ) from error
 
   def init(params: PyTree) -> optax.OptState:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

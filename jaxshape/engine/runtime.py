@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, reading_config
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Batch, PyTree
 
@@ -90,7 +90,8 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
 
 def abstract_state(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state that `init` makes."""
-  shapes = jax.eval_shape(init, key)
+  with reading_config():
+    shapes = jax.eval_shape(init, key)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -102,7 +103,8 @@ def abstract_state(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
 
 def initialize(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
   """The state that `init` makes, made where it shall lie."""
-  shardings = state_shardings(mesh, jax.eval_shape(init, key))
+  with reading_config():
+    shardings = state_shardings(mesh, jax.eval_shape(init, key))
   return jax.jit(init, out_shardings=shardings)(key)
 
 
@@ -154,12 +156,33 @@ def evaluate(
   step = _compiled(evaluator.step, mesh)
   outputs: list[PyTree] = []
   for batch in placed(evaluator.data(), mesh):
-    outputs.append(step(state, batch))
+    with reading_config():  # The first call traces it.
+      outputs.append(step(state, batch))
   if not outputs:
     raise InputError("an evaluator got no batch; its data set is empty.")
   outputs = jax.device_get(outputs)
   summary = evaluator.summarize(outputs)
   return {name: float(value) for name, value in summary.items()}, outputs
+
+
+def rehearse(evaluator: Evaluator, state: TrainState, mesh: Mesh) -> None:
+  """Opens an evaluator's data and traces its step, without computing.
+
+  Args:
+    evaluator: From a system.
+    state: On the devices of the mesh.
+    mesh: As `make_mesh` gives it.
+
+  Raises:
+    InputError: The data or the config do not fit.
+  """
+  batches = placed(evaluator.data(), mesh)
+  with contextlib.closing(batches):
+    batch = next(batches, None)
+  if batch is None:
+    raise InputError("an evaluator got no batch; its data set is empty.")
+  with reading_config():
+    _compiled(evaluator.step, mesh).eval_shape(state, batch)
 
 
 def finite(state: TrainState) -> bool:

@@ -1,8 +1,14 @@
 """What every config holds for the loop, with its defaults."""
 
+from collections.abc import Mapping
+import math
+import re
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from jaxshape.engine import optimizers
+from jaxshape.errors import InputError
 from jaxshape.typing import Config
 
 
@@ -24,7 +30,7 @@ def defaults() -> Config:
   # Decay of the average of the parameters that is evaluated; 0 for none.
   config.averaging = 0.0
   config.log_every = 50
-  # In steps; 0 for at the end alone.
+  # In steps; 0 for never. What was reached at the end is always saved.
   config.eval_every = 0
   config.save_every = 1000
   # A stage on the host, for systems that have one.
@@ -41,3 +47,58 @@ def defaults() -> Config:
   config.init_include = (".*",)
   config.optimizer = ConfigDict(optimizers.defaults())
   return config
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Refuses what no run could use, before anything is made or written.
+
+  Args:
+    config: Should have all fields of `defaults`, of the same types; what a
+      system adds is its own to check.
+
+  Raises:
+    InputError: A field is missing, of another type or out of its range.
+  """
+  for name, default in defaults().items():
+    if name not in config:
+      raise InputError(
+        f"the config has no field {name!r}; start it from settings.defaults()."
+      )
+    wanted, given = type(default), config[name]
+    fits = isinstance(given, int if wanted is float else wanted)
+    if isinstance(given, bool) or not (fits or isinstance(given, wanted)):
+      raise InputError(
+        f"config.{name} must be of type {wanted.__name__}, got {given!r}."
+      )
+  for name, (low, high) in _RANGES.items():
+    if not low <= config[name] <= high:
+      raise InputError(
+        f"config.{name} must be in {low}..{high}, got {config[name]}."
+        if high < math.inf
+        else f"config.{name} must be at least {low}, got {config[name]}."
+      )
+  for pattern in config["init_include"]:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise InputError(
+        f"config.init_include: {pattern!r} is no regular expression: {error}."
+      ) from error
+  if config["best_metric"] and not config["eval_every"]:
+    raise InputError(
+      f"config.best_metric={config['best_metric']!r} needs config.eval_every, "
+      "got 0."
+    )
+
+
+_RANGES = {
+  "seed": (0, 2**32 - 1),
+  "steps": (1, math.inf),
+  "batch_size": (1, math.inf),
+  "accumulate": (1, math.inf),
+  "log_every": (0, math.inf),
+  "eval_every": (0, math.inf),
+  "save_every": (0, math.inf),
+  "refresh_every": (0, math.inf),
+  "keep": (1, math.inf),
+}

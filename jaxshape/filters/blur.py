@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.filters import pixels
+from jaxshape import images
 from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
 
 _MODES = ("reflect", "symmetric", "edge", "wrap")
@@ -113,7 +113,7 @@ def _gaussian(
   mode: _Mode,
 ) -> jax.Array:
   *leading, height, width, channels = image.shape
-  x = pixels.as_float32(image).reshape(-1, height, width, channels)
+  x = images.as_float32(image).reshape(-1, height, width, channels)
   taps = functools.partial(_weights, radius=radius)
 
   def blur(x: jax.Array, taps: jax.Array) -> jax.Array:
@@ -125,12 +125,12 @@ def _gaussian(
   else:
     each = lambda a: jnp.broadcast_to(a, leading).reshape(-1)
     out = jax.vmap(blur)(x, jax.vmap(taps)(each(sigma), each(reach)))
-  return out.reshape(image.shape).astype(pixels.result_type(image))
+  return out.reshape(image.shape).astype(images.result_type(image))
 
 
 @typed
 def gaussian(
-  image: Image | pixels.Picture,
+  image: Image | images.Picture,
   *,
   sigma: Num[ArrayLike, "*#batch"],
   radius: int | None = None,
@@ -168,7 +168,7 @@ def gaussian(
   Reference:
     Gonzalez and Woods, "Digital Image Processing", 4th ed., 2018, Section 3.5.
   """
-  values = pixels.read(image)
+  values = images.read(image)
   if mode not in _MODES:
     raise ValueError(
       f"mode must be one of {', '.join(_MODES)}, in NumPy's words, got "
@@ -179,7 +179,7 @@ def gaussian(
     raise ValueError(f"truncate must be above 0, got {truncate}.")
   if radius is not None and radius < 0:
     raise ValueError(f"radius must be at least 0, got {radius}.")
-  known = pixels.concrete(sigma)
+  known = images.concrete(sigma)
   if known is None and radius is None:
     raise ValueError("radius must be given where sigma is traced, got None.")
   if known is not None:
@@ -187,7 +187,7 @@ def gaussian(
     if not np.all(low & np.isfinite(known)):
       raise ValueError(f"sigma must be above 0 and finite, got {sigma}.")
   if values.size == 0:
-    return jnp.asarray(values, pixels.result_type(values))
+    return jnp.asarray(values, images.result_type(values))
   if radius is not None:
     reach: Any = radius
   else:

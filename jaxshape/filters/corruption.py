@@ -25,7 +25,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.filters import blur, pixels
+from jaxshape import images
+from jaxshape.filters import blur
 from jaxshape.typing import Array, ArrayLike, Float, Key, Num, typed
 
 Rgb = Num[ArrayLike, "*batch height width 3"]
@@ -39,7 +40,7 @@ def _parameter(severity: int, values: tuple[Any, ...]) -> Any:
 
 
 def _unit(image: Any) -> jax.Array:
-  return pixels.as_float32(image) / 255
+  return images.as_float32(image) / 255
 
 
 def _full(x: jax.Array) -> jax.Array:
@@ -233,7 +234,7 @@ def gaussian_blur(image: Rgb, *, severity: int) -> Corrupted:
     Hendrycks and Dietterich 2019, "Gaussian blur" (an extra corruption).
   """
   sigma = _parameter(severity, (1, 2, 3, 4, 6))
-  x = pixels.as_float32(image)
+  x = images.as_float32(image)
   return blur.gaussian(x, sigma=sigma, mode="edge")
 
 

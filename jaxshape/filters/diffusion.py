@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.filters import pixels
+from jaxshape import images
 from jaxshape.typing import (
   Array,
   ArrayLike,
@@ -307,9 +307,9 @@ def _perona_malik(
     per_image(kappa, jnp.float32),
     per_image(step_size, jnp.float32),
   )
-  rows = pixels.as_float32(image).reshape(size, height, width * channels)
+  rows = images.as_float32(image).reshape(size, height, width * channels)
   out: Any = _diffuse(conduction, channels, rows, plan)
-  return out.reshape(image.shape).astype(pixels.result_type(image))
+  return out.reshape(image.shape).astype(images.result_type(image))
 
 
 @functools.cache
@@ -330,7 +330,7 @@ def _check_units(image: Any, kappa: np.ndarray | None) -> None:
     return
   if not jnp.issubdtype(image.dtype, jnp.floating):
     return
-  known = pixels.concrete(image)
+  known = images.concrete(image)
   if known is None or known.size == 0:
     return
   low, high = known.min(), known.max()
@@ -340,7 +340,7 @@ def _check_units(image: Any, kappa: np.ndarray | None) -> None:
 
 @typed
 def perona_malik(
-  image: Image | pixels.Picture,
+  image: Image | images.Picture,
   *,
   kappa: Num[ArrayLike, "*#batch"] = 20.0,
   step_size: Num[ArrayLike, "*#batch"] = 0.1,
@@ -406,7 +406,7 @@ def perona_malik(
     Black et al. scale Tukey's function by sigma = kappa * sqrt(5); MedPy and
     this function take kappa * sqrt(2), as texture suppression was done so.
   """
-  values = pixels.read(image)
+  values = images.read(image)
   if isinstance(conduction, str):
     if conduction not in _CONDUCTIONS:
       raise ValueError(
@@ -414,20 +414,20 @@ def perona_malik(
         f"got {conduction!r}."
       )
     conduction = _CONDUCTIONS[conduction]
-  known = pixels.concrete(kappa)
+  known = images.concrete(kappa)
   if known is not None and not (known > 0).all():
     raise ValueError(f"kappa must be above 0, got {kappa}.")
   _check_units(values, known)
-  known = pixels.concrete(step_size)
+  known = images.concrete(step_size)
   if known is not None and not ((known > 0) & (known <= 0.25)).all():
     raise ValueError(
       f"step_size must be above 0 and at most 0.25, got {step_size}."
     )
-  known = pixels.concrete(iterations)
+  known = images.concrete(iterations)
   if known is not None and not (known >= 0).all():
     raise ValueError(f"iterations must be at least 0, got {iterations}.")
   if values.size == 0:
-    return jnp.asarray(values, pixels.result_type(values))
+    return jnp.asarray(values, images.result_type(values))
   return _perona_malik(
     values, kappa, step_size, iterations, conduction=conduction
   )

@@ -40,6 +40,7 @@ from jaxshape.system import Evaluator, System, TrainState
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 POLICIES = ("original", "union", "filtered", "probability")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def smooth(config: Config, images: Array, strength: Array) -> Array:
@@ -98,7 +99,7 @@ def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
 
 def make(config: Config) -> System:
   """The supervised system that a config describes."""
-  _check(config.suppression)
+  _check(config)
   classes = _classes(config)
   net = resnet.make(
     config.backbone,
@@ -191,7 +192,24 @@ def make(config: Config) -> System:
   )
 
 
-def _check(suppression: Any) -> None:
+def _check(config: Config) -> None:
+  suppression = config.suppression
+  if config.dtype not in DTYPES:
+    raise InputError(
+      f"config.dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}."
+    )
+  if config.width < 0:
+    raise InputError(f"config.width must be at least 0, got {config.width}.")
+  if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
+    raise InputError(
+      "config.mean and config.std must be three numbers each, std above 0, got "
+      f"{config.mean} and {config.std}."
+    )
+  if not 0 <= suppression.probability <= 1:
+    raise InputError(
+      "config.suppression.probability must be in 0..1, got "
+      f"{suppression.probability}."
+    )
   if suppression.policy not in POLICIES:
     raise InputError(
       f"config.suppression.policy must be one of {', '.join(POLICIES)}, got "
@@ -203,27 +221,46 @@ def _check(suppression: Any) -> None:
       f"{suppression.filter!r}."
     )
   for name in ("iterations", "sigma"):
-    low, high = suppression[name]
-    if not 0 <= low <= high:
+    values = suppression[name]
+    if len(values) != 2 or not 0 <= values[0] <= values[1]:
       raise InputError(
         f"config.suppression.{name} must be a range (low, high) from 0 up, got "
-        f"{tuple(suppression[name])}."
+        f"{tuple(values)}."
       )
+  # The filter itself refuses what else does not fit.
+  one = jnp.zeros((1, 2, 2, 3)), jnp.zeros(1)
+  jax.eval_shape(functools.partial(smooth, suppression), *one)
 
 
 def _classes(config: Config) -> tuple[str, ...]:
   """Names of the classes, also where only the data to evaluate are at hand."""
   try:
     classes = _source(config, config.data.train_split).classes
-  except InputError:
-    if not config.data.eval_splits:
-      raise
-    classes = _source(config, config.data.eval_splits[0]).classes
-  if not classes:
+  except InputError as error:
+    try:
+      classes = _source(config, config.data.eval_splits[0]).classes
+    except (IndexError, InputError):
+      raise error from None
+  if len(classes) < 2:
     raise InputError(
-      f"config.data.source={config.data.source!r} has no labels to train on."
+      f"config.data.source={config.data.source!r} must have two classes or "
+      f"more to tell apart, got {len(classes)}; a folder of images needs a "
+      "folder per class."
     )
   return tuple(classes)
+
+
+def _labelled(config: Config, split: str, classes: Sequence[str]) -> Any:
+  """A split, refused where its labels mean something else than in training."""
+  source = _source(config, split)
+  if tuple(source.classes) != tuple(classes):
+    differ = sorted(set(source.classes) ^ set(classes)) or ["their order"]
+    raise InputError(
+      f"the split {split!r} of {config.data.source!r} has other classes than "
+      f"are trained (they differ in {', '.join(differ[:8])}); for folders, "
+      "name all with --config.data.options.classes=\"('a','b')\"."
+    )
+  return source
 
 
 def _source(config: Config, split: str) -> Any:
@@ -245,7 +282,7 @@ def _evaluators(
   def batches(split: str, most: int = 0) -> evaluators.Data:
     @functools.cache  # A source is opened when it is first needed, and once.
     def source():
-      whole = _source(config, split)
+      whole = _labelled(config, split, classifier.classes)
       if not 0 < most < len(whole):
         return whole
       # Drawn, as neighbours in a source are often of one class.

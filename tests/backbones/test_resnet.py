@@ -205,7 +205,7 @@ def test_resnet_refuses():
     ({"block": "wide"}, "block must be 'basic' or 'bottleneck', got 'wide'"),
     (
       {"stem": "large"},
-      "stem must be one of imagenet, medium, small, got 'large'",
+      "stem must be one of imagenet, small, got 'large'",
     ),
     ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
   ):

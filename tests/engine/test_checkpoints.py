@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_failed_save_is_one_line(tmp_path):
-  (tmp_path / "checkpoints").write_text("in the way")
   run = checkpoints.Checkpoints(tmp_path)
+  (tmp_path / "checkpoints").write_text("in the way")
   with pytest.raises(checkpoints.SaveError, match="could not save .*/1: "):
     run.save(_state(1), config=CONFIG, metrics={})

@@ -1,0 +1,321 @@
+import math
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import numpy as np
+import pytest
+
+from jaxshape.data import sources, stream
+from jaxshape.engine import evaluators, runtime
+from jaxshape.errors import InputError
+from jaxshape.filters import corruption
+from jaxshape.system import TrainState
+
+CLASSES = ("a", "b", "c", "d", "e", "f", "g")
+CASES = ("impulse_noise", "brightness"), (5, 1)
+MESH = runtime.make_mesh({"data": -1, "model": 1})
+BATCH_SIZES = (8, 24)
+
+
+class Source:
+  """21 random images; some rows are not to be counted."""
+
+  classes = CLASSES
+
+  def __init__(self):
+    draw = np.random.default_rng(0)
+    n = 21
+    self.rows = {
+      "image": draw.integers(0, 256, (n, 6, 4, 3)).astype(np.uint8),
+      "label": draw.integers(0, 7, n).astype(np.int32),
+      "texture": draw.integers(0, 7, n).astype(np.int32),
+      "mask": np.ones(n, np.float32),
+    }
+    # Right answers, not only wrong ones: a random classifier has too few.
+    named = np.argmax(_logits(self.rows["image"]), axis=1)
+    self.rows["label"][::3] = named[::3]
+    self.rows["label"][2::3] = named[2::3]
+    self.rows["texture"][1::6] = named[1::6]
+    self.rows["texture"][6] = self.rows["label"][6]  # No conflict.
+    self.rows["texture"][9] = -1  # No texture.
+    self.rows["mask"][[3, 10]] = 0  # What stands in for a damaged image.
+
+  def __len__(self):
+    return len(self.rows["label"])
+
+  def __getitem__(self, i):
+    return {name: rows[i] for name, rows in self.rows.items()}
+
+  def counted(self):
+    return [self[i] for i in range(len(self)) if self.rows["mask"][i]]
+
+
+# Channels speak by their square: Grad-CAM's weights depend on the image.
+WEIGHTS = np.random.default_rng(1).normal(size=(3, 7)).astype(np.float32)
+
+
+def _features(images):
+  x = images.astype(np.float64) / 255 - 0.5
+  n, height, width, _ = x.shape
+  return x.reshape(n, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+
+
+def _logits(images):
+  return 1500 * _features(images).mean((1, 2)) ** 2 @ WEIGHTS
+
+
+def _classifier():
+  def features(state, images):
+    del state
+    x = jnp.asarray(images, jnp.float32) / 255 - 0.5
+    n, height, width, _ = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+
+  def head(state, features):
+    return 1500 * features.mean((-3, -2)) ** 2 @ state.params["net"]
+
+  return evaluators.Classifier(features, head, CLASSES)
+
+
+SOURCE = Source()
+STATE = TrainState(jnp.int32(0), {"net": jnp.asarray(WEIGHTS)}, {}, {})
+
+
+def _data(batch_size, source=SOURCE):
+  return lambda: stream.evaluate(source, batch_size=batch_size)
+
+
+def _run(make, batch_size, **options):
+  evaluator = make(_classifier(), _data(batch_size), **options)
+  numbers, outputs = runtime.evaluate(evaluator, STATE, MESH)
+  return numbers, outputs, evaluator
+
+
+def _softmax(logits):
+  p = np.exp(logits - logits.max())
+  return p / p.sum()
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_accuracy_row_by_row(batch_size):
+  top1, top5, sure, entropies = [], [], [], []
+  bins = [[0, 0.0, 0] for _ in range(15)]
+  for row in SOURCE.counted():
+    logits = _logits(row["image"][None])[0]
+    p = _softmax(logits)
+    order = np.argsort(-logits)
+    right = order[0] == row["label"]
+    top1.append(right)
+    top5.append(row["label"] in order[:5])
+    if right:
+      sure.append(p.max())
+      entropies.append(-(p * np.log(p)).sum())
+    cell = bins[math.ceil(p.max() * 15) - 1]
+    cell[0] += 1
+    cell[1] += p.max()
+    cell[2] += right
+  want = {
+    "top1": np.mean(top1),
+    "top5": np.mean(top5),
+    "confidence_correct": np.mean(sure),
+    "entropy_correct": np.mean(entropies),
+    "ece": sum(abs(hits - conf) for _, conf, hits in bins) / len(top1),
+  }
+  got, _, _ = _run(evaluators.accuracy, batch_size)
+  assert len(top1) == 19
+  assert 0 < want["top1"] < want["top5"] < 1
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_cue_conflict_row_by_row(batch_size):
+  shape = texture = conflicts = 0
+  for row in SOURCE.counted():
+    if row["label"] == row["texture"]:
+      continue
+    conflicts += 1
+    named = np.argmax(_logits(row["image"][None])[0])
+    shape += named == row["label"]
+    texture += named == row["texture"]
+  got, _, _ = _run(evaluators.cue_conflict, batch_size)
+  assert 0 < shape != texture > 0
+  assert shape + texture < conflicts < 19
+  want = {
+    "shape_bias": shape / (shape + texture),
+    "decisions": shape + texture,
+    "shape_top1": shape / conflicts,
+    "texture_top1": texture / conflicts,
+  }
+  assert got == pytest.approx(want)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_corruptions_row_by_row(batch_size):
+  names, severities = CASES
+  errors = np.zeros((2, 2))
+  for a, b in np.ndindex(2, 2):
+    wrong = []
+    for i in np.flatnonzero(SOURCE.rows["mask"]):
+      image = np.float32(SOURCE[i]["image"])
+      key = jax.random.fold_in(jax.random.key(4), i)
+      seen = corruption.corrupt(
+        key, image, name=names[a], severity=severities[b]
+      )
+      named = np.argmax(_logits(np.asarray(seen)[None])[0])
+      wrong.append(named != SOURCE[i]["label"])
+    errors[a, b] = np.mean(wrong)
+  got, outputs, evaluator = _run(
+    evaluators.corruptions,
+    batch_size,
+    names=names,
+    severities=severities,
+    seed=4,
+  )
+  want = {
+    "mean_error": errors.mean(),
+    "impulse_noise_error": errors[0].mean(),
+    "brightness_error": errors[1].mean(),
+  }
+  assert len(set(errors.flat)) == 4
+  assert list(got) == list(want)  # In the order that was asked for.
+  assert got == pytest.approx(want)
+  lines = evaluator.pictures(STATE, outputs)["severity"].axes[0].lines
+  for line, row in zip(lines, [*errors, errors.mean(0)], strict=True):
+    np.testing.assert_array_equal(line.get_xdata(), severities)
+    np.testing.assert_allclose(line.get_ydata(), row)
+
+
+def _map(image, named):
+  """Grad-CAM by hand: a = d y / d A = 2 * 1500 * W mean(A) / Z."""
+  a = _features(image[None])[0]
+  weights = 2 * 1500 * WEIGHTS[:, named] * a.mean((0, 1)) / a[..., 0].size
+  return np.maximum(a @ weights, 0)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_saliency_row_by_row(batch_size):
+  spreads, right = [], []
+  for row in SOURCE.counted():
+    named = np.argmax(_logits(row["image"][None])[0])
+    strength = _map(row["image"], named)
+    spreads.append(np.mean(strength > 0.9 * strength.max()))
+    right.append(named == row["label"])
+  got, _, _ = _run(evaluators.saliency, batch_size, threshold=0.9)
+  want = {
+    "spread_correct": np.mean(np.asarray(spreads)[right]),
+    "spread": np.mean(spreads),
+  }
+  assert len(set(spreads)) > 1
+  assert got == pytest.approx(want)
+
+
+def test_each_image_has_one_draw_whatever_the_batch_size():
+  options = {"names": ("gaussian_noise",), "severities": (2, 5)}
+  rows = []
+  for batch_size in BATCH_SIZES:
+    _, outputs, _ = _run(evaluators.corruptions, batch_size, **options)
+    out = {k: np.concatenate([o[k] for o in outputs]) for k in outputs[0]}
+    real = out["mask"] > 0
+    rows.append((out["case"][real], out["wrong"][real]))
+  np.testing.assert_array_equal(*[case for case, _ in rows])
+  np.testing.assert_array_equal(*[wrong for _, wrong in rows])
+  _, outputs, _ = _run(evaluators.corruptions, 24, seed=1, **options)
+  other = np.concatenate([o["wrong"][o["mask"] > 0] for o in outputs])
+  assert (other != rows[0][1]).any()
+
+
+def test_where_nothing_is_right_there_is_no_confidence():
+  source = Source()
+  named = np.argmax(_logits(source.rows["image"]), axis=1)
+  source.rows["label"] = np.int32((named + 1) % 7)
+  evaluator = evaluators.accuracy(_classifier(), _data(24, source))
+  got, _ = runtime.evaluate(evaluator, STATE, MESH)
+  assert got["top1"] == 0
+  assert math.isnan(got["confidence_correct"])
+  assert math.isnan(got["entropy_correct"])
+  assert 0 < got["ece"] <= 1
+
+
+def test_pictures_have_their_axes_and_titles():
+  _, outputs, accuracy = _run(evaluators.accuracy, 24)
+  figures = dict(accuracy.pictures(STATE, outputs))
+  _, outputs, conflict = _run(evaluators.cue_conflict, 24)
+  figures |= conflict.pictures(STATE, outputs)
+  _, outputs, corrupted = _run(
+    evaluators.corruptions, 24, names=CASES[0], severities=CASES[1]
+  )
+  figures |= corrupted.pictures(STATE, outputs)
+  _, outputs, saliency = _run(evaluators.saliency, 24, shown=3)
+  figures |= saliency.pictures(STATE, outputs)
+  assert all(isinstance(figure, Figure) for figure in figures.values())
+  assert {name: len(f.axes) for name, f in figures.items()} == {
+    "confusion": 2,  # And the bar of its colours.
+    "calibration": 1,
+    "by class": 1,
+    "severity": 1,
+    "grad-cam": 6,  # Three images, without and with their maps.
+  }
+  confusion = figures["confusion"].axes[0].images[0].get_array()
+  assert confusion.shape == (7, 7)
+  sums = np.asarray(confusion).sum(1)
+  assert set(np.round(sums, 6)) <= {0.0, 1.0}
+  lines = {line.get_label(): line for line in figures["severity"].axes[0].lines}
+  assert list(lines) == [*CASES[0], "mean"]
+  np.testing.assert_array_equal(lines["mean"].get_xdata(), CASES[1])
+  titles = [axes.get_title() for axes in figures["grad-cam"].axes[:3]]
+  named = np.argmax(_logits(SOURCE.rows["image"][:3]), axis=1)
+  for title, n, truth in zip(titles, named, SOURCE.rows["label"], strict=False):
+    want = CLASSES[n]
+    assert title == want if n == truth else f"{CLASSES[truth]} as {want}"
+
+
+def test_saliency_shows_the_map_of_the_named_class():
+  _, outputs, saliency = _run(evaluators.saliency, 24, shown=2)
+  (figure,) = saliency.pictures(STATE, outputs).values()
+  for i, axes in enumerate(figure.axes[2:]):
+    image = SOURCE.rows["image"][i]
+    named = np.argmax(_logits(image[None])[0])
+    heat = np.asarray(axes.images[1].get_array())
+    coarse = _map(image, named)
+    assert heat.shape == (6, 4)
+    # The strongest cell is the strongest region of the picture.
+    row, column = np.unravel_index(np.argmax(heat), heat.shape)
+    strongest = np.unravel_index(np.argmax(coarse), coarse.shape)
+    assert (row // 2, column // 2) == strongest
+
+
+def test_padding_is_not_shown():
+  # Rows 0 to 4, of which the fourth does not count; three are padding.
+  few = sources.Subset(SOURCE, range(5))
+  saliency = evaluators.saliency(_classifier(), _data(8, few))
+  _, outputs = runtime.evaluate(saliency, STATE, MESH)
+  (figure,) = saliency.pictures(STATE, outputs).values()
+  assert len(figure.axes) == 2 * 4
+  shown = np.asarray(figure.axes[3].images[0].get_array())
+  want = SOURCE.rows["image"][4] / 255
+  np.testing.assert_allclose(shown, want, atol=1 / 255)
+
+
+def test_data_without_textures_are_refused():
+  source = Source()
+  del source.rows["texture"]
+  evaluator = evaluators.cue_conflict(_classifier(), _data(8, source))
+  with pytest.raises(
+    InputError, match='needs examples with a "texture".*got image, index, label'
+  ):
+    runtime.evaluate(evaluator, STATE, MESH)
+
+
+def test_corruptions_that_do_not_exist_are_refused_before_training():
+  options = {"names": ("fog",), "severities": (1,)}
+  with pytest.raises(InputError, match=r"'fog'.*there are: .*contrast"):
+    evaluators.corruptions(_classifier(), _data(8), **options)
+  options = {"names": ("contrast",), "severities": (0, 1)}
+  with pytest.raises(InputError, match=r"severities must be .*1 to 5.*0, 1"):
+    evaluators.corruptions(_classifier(), _data(8), **options)
+  options = {"names": ("contrast",), "severities": ()}
+  with pytest.raises(InputError, match="severities must be"):
+    evaluators.corruptions(_classifier(), _data(8), **options)
