@@ -75,7 +75,7 @@ def evaluate(
       drawn = evaluator.pictures(state, outputs)
       figures |= {f"{name}-{k}": figure for k, figure in drawn.items()}
   return report.Result(
-    name=pathlib.PurePath(os.fspath(workdir)).name,
+    name=_name(workdir),
     step=int(state.step),
     metrics=metrics,
     pictures=figures,
@@ -84,21 +84,27 @@ def evaluate(
   )
 
 
+def _name(workdir: str | os.PathLike[str]) -> str:
+  """What a run is called in the report."""
+  return pathlib.PurePath(os.path.abspath(workdir)).name
+
+
 def main() -> None:
   """The command line."""
   values = flags.FLAGS
   if not values.workdir:
     raise InputError("name the run to evaluate with --workdir=runs/<name>.")
-  names = [pathlib.PurePath(workdir).name for workdir in values.workdir]
-  if not all(names) or len(set(names)) < len(names):
+  names = [_name(workdir) for workdir in values.workdir]
+  if not all(values.workdir) or len(set(names)) < len(names):
     raise InputError(
       "the folders of --workdir must have last parts that differ, got "
       f"{', '.join(map(repr, values.workdir))}."
     )
-  results = []
-  for workdir in values.workdir:
-    config = values.config or command.read_config(workdir)
-    results.append(evaluate(config, workdir, step=values.checkpoint))
+  configs = [values.config or command.read_config(w) for w in values.workdir]
+  results = [
+    evaluate(config, workdir, step=values.checkpoint)
+    for config, workdir in zip(configs, values.workdir, strict=True)
+  ]
   output = values.output or os.path.join(values.workdir[0], "eval")
   page = report.write(output, results, title=" against ".join(names))
   print(report.text_table(results))  # noqa: T201 (this is the answer)

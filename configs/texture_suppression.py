@@ -197,7 +197,7 @@ def _generated(config: Config) -> None:
   config.bench.saliency = ("test", "outline")
   config.bench.filtered = "test"
   config.batch_size = 32
-  config.steps = 1500
+  config.steps = 1200
   config.save_every = 300
   config.eval_every = 0
   config.best_metric = ""

@@ -266,14 +266,35 @@ def test_a_source_that_cannot_be_opened(name, options, message, tmp_path):
     sources.load(spec, split="train", image_size=8, **options)
 
 
-def test_damaged_pictures_are_counted_and_skipped(tmp_path, caplog):
-  _photos(tmp_path / "photos")
-  _cut("train/cat/1.jpg")(tmp_path / "photos")
-  changes = {"data.options.skip_damaged": True}
-  train.train(_folder(tmp_path / "photos", **changes), tmp_path / "run")
+@pytest.fixture(scope="module")
+def photo_run(tmp_path_factory):
+  """A run that has met a damaged picture; its pictures are beside it."""
+  folder = tmp_path_factory.mktemp("photos")
+  _photos(folder / "photos")
+  _cut("train/cat/1.jpg")(folder / "photos")
+  config = _folder(
+    folder / "photos", **{"steps": 1, "data.options.skip_damaged": True}
+  )
+  train.train(config, folder / "run")
+  return folder / "run"
+
+
+def test_damaged_pictures_are_skipped_if_told(photo_run):
+  assert "val/top1" in logs.read(photo_run)[-1]
+
+
+def test_damaged_pictures_are_named_and_counted(photo_run, caplog):
+  source = sources.load(
+    f"folder:{photo_run.parent / 'photos'}",
+    split="train",
+    image_size=8,
+    skip_damaged=True,
+  )
+  masks = [float(source[i]["mask"]) for i in range(len(source))]
+  assert masks == [1, 0, 1, 1, 1, 1]
+  assert source.damaged == ("cat/1.jpg",)
   assert "Skipped (1 so far)" in caplog.text
   assert "cat/1.jpg is damaged" in caplog.text
-  assert "val/top1" in logs.read(tmp_path / "run")[-1]
 
 
 def test_classes_missing_in_a_split_keep_their_numbers(tmp_path):
@@ -281,14 +302,11 @@ def test_classes_missing_in_a_split_keep_their_numbers(tmp_path):
   shutil.rmtree(tmp_path / "photos/val/cat")
   with refused("they differ in cat"):
     train.train(_folder(tmp_path / "photos"), tmp_path / "run")
-  config = _folder(tmp_path / "photos", **{"data.options.classes": ("cat",)})
-  with config.data.options.unlocked():
-    config.data.options.classes = ("cat", "dog")
   source = sources.load(
-    config.data.source,
+    f"folder:{tmp_path / 'photos'}",
     split="val",
     image_size=16,
-    **config.data.options.to_dict(),
+    classes=("cat", "dog"),
   )
   assert [int(source[i]["label"]) for i in range(len(source))] == [1, 1, 1]
 
@@ -352,21 +370,16 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged(copy):
     train.train(settings.config(init_from=str(copy)), copy.parent / "other")
 
 
-def test_another_backbone_or_number_of_classes_is_refused(tmp_path):
-  _photos(tmp_path / "photos")
-  train.train(_folder(tmp_path / "photos", steps=1), tmp_path / "run")
+def test_another_backbone_or_number_of_classes_is_refused(photo_run, tmp_path):
+  _photos(tmp_path)
   with refused("does not fit this config in "):
-    train.train(
-      _folder(tmp_path / "photos", backbone="resnet14"), tmp_path / "run"
-    )
-  for split in ("train", "val"):
-    _photos(tmp_path / "photos", splits=(split,), classes=("eel",))
-  with refused("stored float32(2,), wanted float32(3,)"):
-    train.train(_folder(tmp_path / "photos"), tmp_path / "run")
+    train.train(_folder(tmp_path, backbone="resnet14"), photo_run)
   with refused("nothing in"):
-    train.train(
-      settings.config(init_from=str(tmp_path / "run")), tmp_path / "other"
-    )
+    train.train(settings.config(init_from=str(photo_run)), tmp_path / "other")
+  for split in ("train", "val"):
+    _photos(tmp_path, splits=(split,), classes=("eel",))
+  with refused("stored float32(2,), wanted float32(3,)"):
+    train.train(_folder(tmp_path), photo_run)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +441,10 @@ CONFIG = "--config=configs/texture_suppression.py:tiny"
     ),
     (["train.py", CONFIG, "--config.mesh.data=x"], "--config.mesh.data=x"),
     (["train.py", "--config={tmp}/bad.py", "--workdir=w"], "bad.py"),
-    (["train.py", "--config={tmp}/none.py", "--workdir=w"], "get_config"),
+    (
+      ["train.py", "--config={tmp}/none.py", "--workdir=w"],
+      "none.py has no function get_config",
+    ),
     (["eval.py", "--workdir={run}", "--checkpoint=abc"], "--checkpoint=abc"),
     (["eval.py", "--workdir={run},{run}"], "must have last parts that differ"),
   ],

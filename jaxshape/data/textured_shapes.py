@@ -262,7 +262,7 @@ def open_source(
   image_size: int = 64,
   data_dir: str | None = None,
   num_examples: int | None = None,
-  texture_correlation: float = 0.9,
+  texture_correlation: float = 0.97,
   seed: int = 0,
   cache: int = 2**30,
 ) -> Source:

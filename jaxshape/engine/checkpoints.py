@@ -259,6 +259,7 @@ class Checkpoints:
     raise InputError(
       f"{where} does not fit this config in {len(differences)} places: "
       + "; ".join(differences[:5])
+      + "; give the config it was trained with, or another workdir."
     )
 
 

@@ -69,7 +69,11 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
     text = str(error.args[0] if error.args else error).split("\n")[0]
-    field = text.strip("\"'").split("'")[0]
+    if text.endswith("'get_config'"):  # Of the module that the file is.
+      named = [a for a in argv if re.match("--?[^=]*config=", a)]
+      _say(f"{' '.join(named)} has no function get_config.")
+      sys.exit(1)
+    field = re.escape(text.strip("\"'").split("'")[0])
     named = [a.split("=")[0] for a in argv if re.search(rf"\b{field}\b", a)]
     _say(f"the config has no field {' '.join(named) or text}")
   except (flags.Error, ValueError) as error:
@@ -80,7 +84,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _say(error: object) -> None:
-  print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+  line = " ".join(str(error).split())
+  print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _listed() -> str:

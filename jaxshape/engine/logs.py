@@ -1,6 +1,7 @@
 """What a run says: a bar on a terminal, a line per log step, TensorBoard."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import math
 import os
@@ -87,16 +88,16 @@ class Logs:
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The rows that a run has logged, oldest first.
 
-  A line that was cut off by a kill is left out.
+  Lines that are no rows, as after a kill, are left out.
   """
   path = epath.Path(workdir) / FILE
   rows = []
   if path.exists():
     for line in path.read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue
+      with contextlib.suppress(json.JSONDecodeError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+          rows.append(row)
   return rows
 
 
