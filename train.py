@@ -223,22 +223,29 @@ class _Loop:
     if evaluate or save or self._due(config.log_every, step):
       self._flush(step)
     results = {}
-    if evaluate:
-      for name, evaluator in self.system.evaluators.items():
-        numbers, _ = runtime.evaluate(evaluator, state, self.mesh)
-        results |= {f"{name}/{k}": v for k, v in numbers.items()}
-      self.log.write(step, results)
-    if save:
-      if not runtime.finite(state):
-        raise InputError(
-          f"the state is not finite after step {step}, so it is not saved; "
-          + self._last_good()
-        )
-      self.saved.save(state, config=config.to_dict(), metrics=results)
+    try:
+      if evaluate:
+        for name, evaluator in self.system.evaluators.items():
+          numbers, _ = runtime.evaluate(evaluator, state, self.mesh)
+          results |= {f"{name}/{k}": v for k, v in numbers.items()}
+        self.log.write(step, results)
+    finally:  # An evaluation that fails costs no steps.
+      if save:
+        self._save(state, step, results)
     if last:
       self.saved.wait()
     if evaluate or save:  # They took time that no step took.
       self.waited, self.since = 0.0, time.perf_counter()
+
+  def _save(
+    self, state: TrainState, step: int, results: Mapping[str, float]
+  ) -> None:
+    if not runtime.finite(state):
+      raise InputError(
+        f"the state is not finite after step {step}, so it is not saved; "
+        + self._last_good()
+      )
+    self.saved.save(state, config=self.config.to_dict(), metrics=results)
 
   def _flush(self, step: int) -> None:
     """Reads the metrics of the steps since the last time, and logs them."""

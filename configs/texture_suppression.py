@@ -62,12 +62,11 @@ def get_config(mode: str = "imagenet") -> Config:
   config.data.train_split = "train"
   config.data.eval_splits = ("validation",)
   config.data.workers = 8
-  config.data.options = ConfigDict()  # What the source takes besides.
+  # What the source takes besides. Training crops at random from the whole
+  # photograph, on the host; a crop of the decoded square would see less of it.
+  config.data.options = ConfigDict({"crop": "random"})
 
   config.augment = ConfigDict()  # On the device, after the filter.
-  config.augment.random_resized_crop = ConfigDict(
-    {"size": config.data.get_ref("image_size")}
-  )
   config.augment.horizontal_flip = ConfigDict()
 
   config.bench = ConfigDict()
@@ -109,6 +108,7 @@ def get_config(mode: str = "imagenet") -> Config:
     config.data.image_size = 32
     config.data.eval_splits = ("test",)
     config.data.workers = 0
+    config.data.options = ConfigDict()
     config.augment = ConfigDict()
     config.augment.random_crop = ConfigDict({"padding": 4})
     config.augment.horizontal_flip = ConfigDict()
@@ -184,6 +184,7 @@ def _generated(config: Config) -> None:
     "silhouette",
   )
   config.data.workers = 0
+  config.data.options = ConfigDict()
   config.augment = ConfigDict()
   config.augment.random_crop = ConfigDict(
     {"padding": config.data.image_size // 10}

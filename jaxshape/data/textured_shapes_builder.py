@@ -33,7 +33,7 @@ class Config(tfds.core.BuilderConfig):
 
   image_size: int = 64
   num_examples: int | None = None
-  texture_correlation: float = 0.9
+  texture_correlation: float = 0.97
   seed: int = 0
 
 

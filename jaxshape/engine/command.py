@@ -14,7 +14,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from jaxshape.engine import checkpoints
+from jaxshape.engine import checkpoints, settings
 from jaxshape.errors import InputError
 from jaxshape.typing import Config
 
@@ -49,7 +49,9 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
       text = " ".join(str(error).split())
-      if text and "RESOURCE_EXHAUSTED" not in text:
+      if not isinstance(error, MemoryError) and (
+        "RESOURCE_EXHAUSTED" not in text
+      ):
         raise
       _say(
         "out of memory; lower --config.batch_size, or raise "
@@ -142,7 +144,9 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
       raise TypeError("no object")
   except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
     raise InputError(f"{path} is no readable config: {error}.") from error
-  return ml_collections.ConfigDict(_tuples(values)).lock()
+  # A field that is younger than the run has its default.
+  values = settings.defaults().to_dict() | _tuples(values)
+  return ml_collections.ConfigDict(values).lock()
 
 
 def _tuples(value: Any) -> Any:

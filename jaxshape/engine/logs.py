@@ -43,7 +43,9 @@ class Logs:
     self._board = None
     if self._writes:
       kept = [row for row in read(workdir) if row["step"] <= start]
-      self._path.write_text("".join(_line(row) for row in kept))
+      whole = self._path.with_name(FILE + ".tmp")
+      whole.write_text("".join(_line(row) for row in kept))
+      whole.replace(self._path)  # At once: a kill loses no history.
       if "://" not in os.fspath(workdir):
         self._board = tensorboardX.SummaryWriter(
           os.fspath(workdir), purge_step=start + 1

@@ -31,6 +31,7 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
   known = int(np.prod([size for size in sizes.values() if size != -1]))
   if (
     set(sizes) != {"data", "model"}
+    or min(sizes.values()) < -1
     or list(sizes.values()).count(-1) > 1
     or known < 1
     or count % known
@@ -158,6 +159,8 @@ def evaluate(
   for batch in placed(evaluator.data(), mesh):
     with reading_config():  # The first call traces it.
       outputs.append(step(state, batch))
+    if len(outputs) > 2:  # Batches wait on the host, not on the device.
+      jax.block_until_ready(outputs[-3])
   if not outputs:
     raise InputError("an evaluator got no batch; its data set is empty.")
   outputs = jax.device_get(outputs)
