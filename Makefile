@@ -8,8 +8,13 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test lint bench requirements clean
 
+RUNS := runs/demo
+SMALL := configs/texture_suppression.py:small
+
 demo: .venv/train
-	$(BIN)/python -m benchmarks.demo --workdir=runs/demo
+	$(BIN)/python train.py --config=$(SMALL) --workdir=$(RUNS)/plain --config.suppression.policy=original
+	$(BIN)/python train.py --config=$(SMALL) --workdir=$(RUNS)/suppressed
+	$(BIN)/python eval.py --workdir=$(RUNS)/plain,$(RUNS)/suppressed --output=$(RUNS)/report
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2
@@ -24,6 +29,7 @@ bench: .venv/train
 
 .venv/train: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a minute or two)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

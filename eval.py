@@ -100,7 +100,10 @@ def main() -> None:
       "the folders of --workdir must have last parts that differ, got "
       f"{', '.join(map(repr, values.workdir))}."
     )
-  configs = [values.config or command.read_config(w) for w in values.workdir]
+  given = None
+  if flags.FLAGS["config"].value is not None:
+    given = command.require_config()
+  configs = [given or command.read_config(w) for w in values.workdir]
   results = [
     evaluate(config, workdir, step=values.checkpoint)
     for config, workdir in zip(configs, values.workdir, strict=True)

@@ -9,6 +9,7 @@ stopped, as if nothing had happened.
 from collections.abc import Iterator, Mapping
 import contextlib
 import functools
+import logging
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 from absl import flags
 import jax
+import jax.numpy as jnp
 from ml_collections import config_flags
 
 from jaxshape import system as system_lib
@@ -76,11 +78,13 @@ def train(
       best_metric=config.best_metric,
       best_mode=config.best_mode,
     )
-    state, origin = start(config, system, mesh, saved)
-    command.write_config(config, workdir)  # Not before it fits what is there.
+    stack.callback(_settle, saved)
+    state, origin, before = start(config, system, mesh, saved)
     first = int(state.step)
     log = logs.Logs(workdir, start=first, total=config.steps)
     stack.callback(log.close)
+    if changed := command.differences(before, config):
+      log.say("the run began with another config: " + "; ".join(changed))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.say(
       f"{config.system}: {count:,} parameters, {origin}, steps {first} to "
@@ -88,6 +92,7 @@ def train(
     )
     if first >= config.steps:
       return state
+    command.write_config(config, workdir)  # Not before it fits what is there.
     if config.eval_every:
       _check_evaluators(config, system, state, mesh)
     stopped = stack.enter_context(_stop_signals())
@@ -102,7 +107,7 @@ def start(
   system: System,
   mesh: jax.sharding.Mesh,
   saved: checkpoints.Checkpoints,
-) -> tuple[TrainState, str]:
+) -> tuple[TrainState, str, Mapping[str, Any] | None]:
   """The state to go on from: a checkpoint, another run's parameters, or fresh.
 
   Args:
@@ -112,19 +117,29 @@ def start(
     saved: The run's checkpoints.
 
   Returns:
-    The state, and in words where it is from.
+    The state, in words where it is from, and the config it was saved with.
   """
   key, _ = jax.random.split(jax.random.key(config.seed))
   like = runtime.abstract_state(system.init, key, mesh)
   restored = saved.restore(like, system=config.system)
   if restored is not None:
-    return restored[0], f"resumed from step {int(restored[0].step)}"
+    state, metadata = restored
+    return state, f"resumed from step {int(state.step)}", metadata["config"]
   state = runtime.initialize(system.init, key, mesh)
   if config.init_from:
-    return checkpoints.initialize_from(
+    state, origin = checkpoints.initialize_from(
       state, config.init_from, include=config.init_include
     )
-  return state, "new"
+    return state, origin, None
+  return state, "new", None
+
+
+def _settle(saved: checkpoints.Checkpoints) -> None:
+  """Waits for the save under way, also when the run ends by an error."""
+  try:
+    saved.wait()
+  except checkpoints.SaveError as error:
+    logging.warning("%s", error)
 
 
 class _Loop:
@@ -166,7 +181,9 @@ class _Loop:
     compiled = None
     for step in range(first + 1, config.steps + 1):
       if self._due(config.refresh_every, step - 1) and self.system.refresh:
-        state = jax.device_put(self.system.refresh(state), shardings)
+        # A copy, as the step donates it and a buffer may be there twice.
+        copy = jax.jit(_copy, out_shardings=shardings)
+        state = copy(self.system.refresh(state))
       batch = self._next(batches, stopped)
       if compiled is None:
         began = time.perf_counter()
@@ -229,6 +246,11 @@ class _Loop:
           numbers, _ = runtime.evaluate(evaluator, state, self.mesh)
           results |= {f"{name}/{k}": v for k, v in numbers.items()}
         self.log.write(step, results)
+        if config.best_metric and config.best_metric not in results:
+          raise InputError(
+            f"config.best_metric={config.best_metric!r} is not measured; there "
+            f"are: {', '.join(results)}"
+          )
     finally:  # An evaluation that fails costs no steps.
       if save:
         self._save(state, step, results)
@@ -308,6 +330,10 @@ def _check_evaluators(
     )
   for evaluator in system.evaluators.values():
     runtime.rehearse(evaluator, state, mesh)
+
+
+def _copy(state: TrainState) -> TrainState:
+  return jax.tree.map(jnp.copy, state)
 
 
 @contextlib.contextmanager

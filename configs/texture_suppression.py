@@ -15,6 +15,7 @@ Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxshape.engine import settings
 from jaxshape.typing import Config
@@ -117,6 +118,7 @@ def get_config(mode: str = "imagenet") -> Config:
     config.bench.saliency = ("test",)
     config.bench.filtered = "test"
     config.steps = 78_000  # 100 epochs of the union.
+    config.eval_every = 6000
     config.best_metric = "test/top1"
     config.optimizer.schedule = "cosine"
   if mode in ("small", "small_finetune", "tiny"):
@@ -185,6 +187,9 @@ def _generated(config: Config) -> None:
   )
   config.data.workers = 0
   config.data.options = ConfigDict()
+  config.data.options.num_examples = placeholder(int)  # Of each split.
+  config.data.options.texture_correlation = 0.97
+  config.data.options.seed = 0
   config.augment = ConfigDict()
   config.augment.random_crop = ConfigDict(
     {"padding": config.data.image_size // 10}

@@ -13,6 +13,8 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   str(pathlib.Path(tempfile.gettempdir()) / "jaxshape_test_cache"),
 )
+# The compiler warns of every program that it finds in the cache.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax

@@ -388,7 +388,7 @@ def test_another_backbone_or_number_of_classes_is_refused(photo_run, tmp_path):
     ("", "config.json is no readable config: "),
     ("[]", "config.json is no readable config: no object"),
     ('{"system": ', "config.json is no readable config: "),
-    ("{}", "the config has no field "),
+    ("{}", "config.steps must be at least 1, got 0"),
     (None, "train first with train.py"),
   ],
 )
@@ -494,9 +494,11 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path):
     _, error = child.communicate(timeout=60)
   assert child.returncode == 130
   step = saved.steps()[-1]
-  assert error == (
-    f"error: stopped by Ctrl-C; step {step} is saved; start me again.\n"
-  )
+  # The compiler may warn of what the cache holds; we say one line.
+  said = [line for line in error.splitlines() if "cpu_aot_loader" not in line]
+  assert said == [
+    f"error: stopped by Ctrl-C; step {step} is saved; start me again."
+  ]
   config = settings.config(steps=step, save_every=50)
   state = train.train(config, tmp_path)
   assert int(state.step) == step

@@ -96,7 +96,7 @@ def test_the_machinery_is_read_in_half_an_hour():
   for file in files:
     for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines():
       code += bool(line.strip()) and not line.strip().startswith("#")
-  assert code <= 1850, code
+  assert code <= 1950, code
 
 
 def test_packages_hold_a_docstring_and_nothing_else():

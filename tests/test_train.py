@@ -95,6 +95,40 @@ def test_starts_from_another_runs_parameters(tmp_path, capsys):
   assert "from step 6 of" in capsys.readouterr().out
 
 
+def test_another_config_on_a_run_is_named(tmp_path, capsys):
+  train.train(settings.config(), tmp_path)
+  other = settings.config(noise=0.5, steps=6)
+  train.train(other, tmp_path)
+  said = capsys.readouterr().out
+  assert "began with another config: noise: 0.1 then, 0.5 now" in said
+  # Nothing was trained, so the run is what it was.
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert kept["noise"] == 0.1
+
+
+def test_an_error_does_not_lose_the_save_under_way(tmp_path, monkeypatch):
+  config = settings.config()
+  system = train.system_lib.load(config)
+
+  def breaks(step):
+    for number, batch in enumerate(system.train_data(step)):
+      if number == 5:
+        raise InputError("a damaged image")
+      yield batch
+
+  broken = train.System(**{**vars(system), "train_data": breaks})
+  monkeypatch.setattr(train.system_lib, "load", lambda _: broken)
+  with pytest.raises(InputError, match="a damaged image"):
+    train.train(config, tmp_path)
+  assert checkpoints.Checkpoints(tmp_path).steps() == [3]
+
+
+def test_a_metric_that_is_not_measured_cannot_choose_the_best(tmp_path):
+  config = settings.config(eval_every=3, best_metric="test/errors")
+  with pytest.raises(InputError, match="is not measured; there are: test/err"):
+    train.train(config, tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
   config = settings.config(breaks_at=4)
   message = r"player 'net' is not finite at step 5; .*good checkpoint is step 3"

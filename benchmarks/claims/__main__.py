@@ -42,7 +42,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
   parser.add_argument("--variants", nargs="+", help="some of the study's")
   parser.add_argument("--workdir", default="runs/claims")
-  parser.add_argument("--output", default=str(RESULTS))
+  parser.add_argument("--output", help="benchmarks/results for a whole study")
   parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
   values = parser.parse_args()
   study: claims.Study = importlib.import_module(
@@ -84,7 +84,9 @@ def main() -> None:
         flush=True,
       )
   text, data = summarize(study, values.name, chosen, seeds, found)
-  output = pathlib.Path(values.output)
+  # A part of the study does not overwrite the committed table.
+  whole = chosen == list(study.variants) and len(seeds) >= 5
+  output = pathlib.Path(values.output or (RESULTS if whole else folder))
   output.mkdir(parents=True, exist_ok=True)
   (output / f"{values.name}.json").write_text(json.dumps(data, indent=1) + "\n")
   (output / f"{values.name}.md").write_text(text)

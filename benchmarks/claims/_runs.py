@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -18,9 +19,10 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   ).STUDY
   workdir = pathlib.Path(folder) / f"{variant}-{seed}"
   workdir.mkdir(parents=True, exist_ok=True)
-  log = (workdir / "log.txt").open("a", encoding="utf-8")
+  log = (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
   sys.stdout = sys.stderr = log
   import eval as evaluation  # noqa: PLC0415 (takes the log as its output)
+  from jaxshape.engine import checkpoints  # noqa: PLC0415
   import train  # noqa: PLC0415
 
   path, mode = study.config.split(":")
@@ -31,16 +33,23 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   config.lock()
   done = workdir / "numbers.json"
   key = config.to_json_best_effort()
+  key += checkpoints.versions()["code"]
+  begun = workdir / "key.txt"
+  if not begun.exists() or begun.read_text() != key:
+    # Of another config or other code: nothing of it may be used.
+    shutil.rmtree(workdir / checkpoints.FOLDER, ignore_errors=True)
+    done.unlink(missing_ok=True)
+    begun.write_text(key)
   if done.exists():
-    kept = json.loads(done.read_text())
-    if kept["config"] == key:
-      return kept["numbers"]
+    return json.loads(done.read_text())
   began = time.monotonic()
   train.train(config, workdir)
   numbers = evaluation.evaluate(config, workdir, pictures=False).metrics
   out = {k: float(v) for k, v in numbers.items()}
   out["minutes"] = (time.monotonic() - began) / 60
-  done.write_text(json.dumps({"config": key, "numbers": out}))
+  whole = done.with_suffix(".tmp")
+  whole.write_text(json.dumps(out))
+  whole.replace(done)
   return out
 
 

@@ -286,6 +286,14 @@ def _check_features(path: pathlib.Path) -> None:
       stack += node
     elif isinstance(node, dict):
       stack += node.values()
+      for key in ("json", "content"):  # JSON within JSON, which TFDS reads.
+        if isinstance(inner := node.get(key), str):
+          try:
+            stack.append(json.loads(inner))
+          except (ValueError, RecursionError) as error:
+            raise InputError(
+              f"{path} holds a {key!r} that is no JSON: {_line(error)}"
+            ) from error
       for key in ("pythonClassName", "python_class_name", "type"):
         kind = node.get(key, "")
         # Loaded already, so that nothing at all gets imported.

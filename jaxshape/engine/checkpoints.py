@@ -9,11 +9,14 @@ compared on load, steps are listed here, and the newest intact one is used.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
+import pathlib
 import re
 import socket
 from typing import Any
@@ -150,7 +153,9 @@ class Checkpoints:
     for step in self.steps():
       # What cannot be read is not the best.
       with contextlib.suppress(Exception):
-        values[step] = self.metadata(step)["metrics"][self.best_metric]
+        value = self.metadata(step)["metrics"][self.best_metric]
+        if math.isfinite(value):
+          values[step] = value
     if not values:
       return None
     sign = 1 if self.best_mode == "max" else -1
@@ -197,6 +202,8 @@ class Checkpoints:
         wrong = [path for path in stored if stored[path] != found[path]]
         if wrong:
           raise ValueError(f"the digest of {wrong[0]} differs")
+      except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # Of the machine, not of the checkpoint.
       except Exception as error:
         damaged.append(f"{number} ({_first_line(error)})")
         continue
@@ -337,7 +344,9 @@ def initialize_from(
       left.append(f"{name} (theirs {theirs[name].shape}, ours {leaf.shape})")
     else:
       taken.append(name)
-      value = np.asarray(theirs[name], leaf.dtype)
+      # What was evaluated there: the averaged parameters, if there are any.
+      averaged = name.replace("params/", "extra/ema/", 1)
+      value = np.asarray(theirs.get(averaged, theirs[name]), leaf.dtype)
       return jax.device_put(value, leaf.sharding)
     return leaf
 
@@ -347,6 +356,9 @@ def initialize_from(
       f"config.init_from: nothing in {run.folder} step {step} fits; "
       + "; ".join(left[:5])
     )
+  if isinstance(state.extra, Mapping) and "ema" in state.extra:
+    average = jax.tree.map(jnp.copy, state.params)
+    state = state.replace(extra={**state.extra, "ema": average})
   report = f"from step {step} of {run.folder}: {len(taken)} leaves taken"
   if left:
     report += f", {len(left)} left as they were: " + "; ".join(left[:5])
@@ -368,10 +380,22 @@ def describe(state: PyTree) -> dict[str, list[Any]]:
   return out
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-  """The code that runs: this package and what decides the numbers."""
-  names = ("jaxshape", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-  return {name: importlib.metadata.version(name) for name in names}
+  """What decides the numbers: the libraries, and a digest of this package."""
+  out = {"code": _code()}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+    out[name] = importlib.metadata.version(name)
+  return out
+
+
+def _code() -> str:
+  root = pathlib.Path(__file__).parent.parent
+  digest = xxhash.xxh3_64()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(path.relative_to(root).as_posix().encode())
+    digest.update(path.read_bytes())
+  return digest.hexdigest()
 
 
 def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
@@ -389,12 +413,12 @@ def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
         for parent in parents:
           node = node.setdefault(parent, {})
         node[last] = np.empty(shape, dtype)
-      # The optimizer's state has other node types, and nobody wants it.
-      wanted = {k: like[k] for k in ("params", "extra") if k in like}
-      context = ocp.Context()
-      context.pytree.loading.partial_load = True
-      with context, _quiet():
-        state = ocp.load(run.folder / str(step), wanted)
+      # The optimizer's state has other node types, and nobody wants it; nor
+      # can `extra` be read if there are lists in it.
+      try:
+        state = _load_part(run.folder / str(step), like, ("params", "extra"))
+      except Exception:
+        state = _load_part(run.folder / str(step), like, ("params",))
       found = describe(state)
       wrong = [path for path in found if stored[path] != found[path]]
       if wrong:
@@ -425,6 +449,13 @@ def _quiet() -> Iterator[None]:
 
 def _digest(data: bytes) -> str:
   return xxhash.xxh3_128_hexdigest(data)
+
+
+def _load_part(path: Any, like: PyTree, names: Sequence[str]) -> PyTree:
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  with context, _quiet():
+    return ocp.load(path, {name: like[name] for name in names if name in like})
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

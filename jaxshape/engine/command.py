@@ -79,7 +79,10 @@ def _parse(argv: list[str]) -> list[str]:
     named = [a.split("=")[0] for a in argv if re.search(rf"\b{field}\b", a)]
     _say(f"the config has no field {' '.join(named) or text}")
   except (flags.Error, ValueError) as error:
-    _say("command line: " + " ".join(str(error).split()))
+    # Where a config file refuses its mode, the whole traceback is in the text.
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    _say("command line: " + " ".join(text.split()))
   except (ImportError, OSError, SyntaxError) as error:
     _say(f"--config: {error}; there are: {_listed()}")
   sys.exit(1)
@@ -115,6 +118,51 @@ def require_config(name: str = "config") -> Config:
       f"--config: {str(error).splitlines()[-1].strip()}; there are: {_listed()}"
     ) from error
   return config
+
+
+def differences(before: Any, config: Config) -> list[str]:
+  """What a run's config says otherwise than before.
+
+  Args:
+    before: As stored in a checkpoint; None if there is none.
+    config: The one that was given now.
+
+  Returns:
+    A text for every field that could change what is learned.
+  """
+  if before is None:
+    return []
+  old = _flat(json.loads(json.dumps(before)))
+  new = _flat(json.loads(config.to_json_best_effort()))
+  return [
+    f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
+    for name in sorted(set(old) | set(new))
+    if old.get(name) != new.get(name) and name.split(".")[0] not in _FREE
+  ]
+
+
+# Fields that a run may change on its way.
+_FREE = (
+  "steps",
+  "log_every",
+  "eval_every",
+  "save_every",
+  "keep",
+  "best_metric",
+  "best_mode",
+  "mesh",
+  "bench",
+)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  out = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      out |= _flat(value, f"{prefix}{name}.")
+    else:
+      out[prefix + name] = value
+  return out
 
 
 def write_config(config: Mapping[str, Any], workdir: Any) -> None:

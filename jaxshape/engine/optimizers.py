@@ -32,6 +32,8 @@ OPTIONS: Mapping[str, Any] = {
   "b1": 0.9,
   "b2": 0.999,
   "epsilon": 1e-8,
+  # Of RMSprop's mean of squares.
+  "rms_decay": 0.9,
   "weight_decay": 0.0,
   # all | kernels: kernels leaves out biases and the scales of normalizations.
   "decayed": "all",
@@ -62,14 +64,7 @@ def schedule(options: Mapping[str, Any]) -> optax.Schedule:
     InputError: The name is unknown or the lengths do not fit.
   """
   rate, name = float(options["learning_rate"]), options["schedule"]
-  if not 0 <= rate < math.inf:
-    raise InputError(
-      f"optimizer.learning_rate must be a number from 0 up, got {rate}."
-    )
-  if not all(isinstance(step, int) for step in options["boundaries"]):
-    raise InputError(
-      f"optimizer.boundaries must be steps, got {tuple(options['boundaries'])}."
-    )
+  _check_schedule(options)
   warmup, total = int(options["warmup_steps"]), int(options["total_steps"])
   if name in ("cosine", "linear") and total <= warmup:
     raise InputError(
@@ -100,6 +95,23 @@ def schedule(options: Mapping[str, Any]) -> optax.Schedule:
     return main
   ramp = optax.linear_schedule(0.0, rate, warmup)
   return optax.join_schedules([ramp, main], [warmup])
+
+
+def _check_schedule(options: Mapping[str, Any]) -> None:
+  rate = float(options["learning_rate"])
+  if not 0 <= rate < math.inf:
+    raise InputError(
+      f"optimizer.learning_rate must be a number from 0 up, got {rate}."
+    )
+  if not all(isinstance(step, int) for step in options["boundaries"]):
+    raise InputError(
+      f"optimizer.boundaries must be steps, got {tuple(options['boundaries'])}."
+    )
+  if int(options["decay_every"]) < 1 or not float(options["factor"]) > 0:
+    raise InputError(
+      "optimizer.decay_every must be at least 1 and factor above 0, got "
+      f"{options['decay_every']} and {options['factor']}."
+    )
 
 
 def make(config: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -141,7 +153,7 @@ def make(config: Mapping[str, Any]) -> optax.GradientTransformation:
     "adamw": [adam, add_decay],
     "rmsprop": [
       add_decay,
-      optax.scale_by_rms(options["b2"], options["epsilon"]),
+      optax.scale_by_rms(options["rms_decay"], options["epsilon"]),
       momentum,
     ],
     "lars": [

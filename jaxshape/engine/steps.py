@@ -95,7 +95,8 @@ def take_turns(
     accumulate: Number of parts into which a batch is cut; the gradients of the
       parts are averaged, so that memory holds one part at a time.
     averaging: Decay of an exponential moving average of all parameters, kept in
-      `extra["ema"]`; None for none.
+      `extra["ema"]`; None for none. At step t it is at most (1 + t) / (10 + t).
+      Batch statistics are not averaged: they follow the current parameters.
 
   Returns:
     `(state, batch, key) -> state, metrics`. Every metric is prefixed with its
@@ -110,6 +111,7 @@ def take_turns(
     state: TrainState, batch: Batch, key: jax.Array
   ) -> tuple[TrainState, Metrics]:
     metrics = {}
+    before = state.extra["ema"] if averaging is not None else state.params
     for index, (name, player) in enumerate(players.items()):
       player_key = jax.random.fold_in(key, index)
 
@@ -133,7 +135,9 @@ def take_turns(
       metrics |= measured
     extra = state.extra
     if averaging is not None:
-      ema = optax.incremental_update(state.params, extra["ema"], 1 - averaging)
+      # Shorter at first, or the average would remember the random start.
+      decay = jnp.minimum(averaging, (1 + state.step) / (10 + state.step))
+      ema = optax.incremental_update(state.params, before, 1 - decay)
       extra = {**extra, "ema": ema}
     return state.replace(step=state.step + 1, extra=extra), metrics
 
@@ -152,7 +156,9 @@ def _turn(
 
   def loss(own, extra, batch, key):
     params = {**state.params, name: own}
-    return player.loss(params, extra, batch, key)
+    value, (extra, metrics) = player.loss(params, extra, batch, key)
+    metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+    return value, (extra, metrics)
 
   gradient = jax.value_and_grad(loss, has_aux=True)
   own = state.params[name]

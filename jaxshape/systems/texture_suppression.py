@@ -12,7 +12,10 @@
 | Sec. 4.3, Grad-CAM | evaluator `saliency` |
 
 Images are 0..255 until they enter the network; the filter runs on the device,
-before every other augmentation, as if the data set itself were filtered.
+before every other augmentation there, as if the data set itself were filtered.
+
+Note: the paper filters whole photographs once; where the host crops them at
+random (`data.options.crop="random"`), the filter sees the crop, at its size.
 
 Reference:
   Mishra et al., "Learning Visual Representations for Transfer Learning by
@@ -40,7 +43,7 @@ from jaxshape.system import Evaluator, System, TrainState
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 POLICIES = ("original", "union", "filtered", "probability")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 def smooth(config: Config, images: Array, strength: Array) -> Array:
@@ -131,7 +134,10 @@ def make(config: Config) -> System:
       train=True,
     )
     if "target" in batch:
-      losses = classification.soft_cross_entropy(logits, batch["target"])
+      smooth_target = (1 - config.label_smoothing) * batch[
+        "target"
+      ] + config.label_smoothing / len(classes)
+      losses = classification.soft_cross_entropy(logits, smooth_target)
     else:
       losses = classification.cross_entropy(
         logits, batch["label"], label_smoothing=config.label_smoothing
@@ -227,6 +233,11 @@ def _check(config: Config) -> None:
         f"config.suppression.{name} must be a range (low, high) from 0 up, got "
         f"{tuple(values)}."
       )
+  if not all(isinstance(n, int) for n in suppression.iterations):
+    raise InputError(
+      "config.suppression.iterations must be whole numbers, got "
+      f"{tuple(suppression.iterations)}."
+    )
   # The filter itself refuses what else does not fit.
   one = jnp.zeros((1, 2, 2, 3)), jnp.zeros(1)
   jax.eval_shape(functools.partial(smooth, suppression), *one)
@@ -279,17 +290,20 @@ def _evaluators(
 ) -> Mapping[str, Evaluator]:
   """One accuracy per split, and what `config.bench` asks for besides."""
 
-  def batches(split: str, most: int = 0) -> evaluators.Data:
-    @functools.cache  # A source is opened when it is first needed, and once.
-    def source():
-      whole = _labelled(config, split, classifier.classes)
-      if not 0 < most < len(whole):
-        return whole
-      # Drawn, as neighbours in a source are often of one class.
-      drawn = np.random.default_rng(0).permutation(len(whole))[:most]
-      return sources.Subset(whole, np.sort(drawn))
+  @functools.cache  # A source is opened when it is first needed, and once.
+  def opened(split: str) -> Any:
+    return _labelled(config, split, classifier.classes)
 
-    return lambda: stream.evaluate(source(), batch_size=config.batch_size)
+  def batches(split: str, most: int = 0) -> evaluators.Data:
+    def some() -> stream.Batches:
+      source = opened(split)
+      if 0 < most < len(source):
+        # Drawn, as neighbours in a source are often of one class.
+        drawn = np.random.default_rng(0).permutation(len(source))[:most]
+        source = sources.Subset(source, np.sort(drawn))
+      return stream.evaluate(source, batch_size=config.batch_size)
+
+    return some
 
   out: dict[str, Evaluator] = {
     split: evaluators.accuracy(classifier, batches(split))

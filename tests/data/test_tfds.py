@@ -226,6 +226,22 @@ def test_foreign_code_is_not_imported(root, key, value):
   assert "this" not in sys.modules
 
 
+@pytest.mark.parametrize("key", ["json", "content"])
+def test_foreign_code_is_not_imported_from_json_within_json(root, key):
+  path = root / "tiny" / "1.2.0" / "features.json"
+  features = json.loads(path.read_text())
+  inner = json.dumps({"feature": {"type": "this.Zen", "content": "{}"}})
+  features["featuresDict"]["features"]["name"] = {
+    "pythonClassName": "tensorflow_datasets.core.features.features_dict."
+    "FeaturesDict",
+    "jsonFeature": {key: inner},
+  }
+  path.write_text(json.dumps(features))
+  with pytest.raises(InputError, match="names 'this.Zen', which is no feature"):
+    open_source(root)
+  assert "this" not in sys.modules
+
+
 @pytest.mark.parametrize("text", ["", "[" * 10**5, "\xff\xfe", "[1]", "{}"])
 def test_broken_metadata(root, text):
   (root / "tiny" / "1.2.0" / "features.json").write_text(text, "latin-1")

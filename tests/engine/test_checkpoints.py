@@ -216,6 +216,43 @@ def test_parameters_of_another_run_by_path_and_shape(saved):
   assert "params/net/w (not included)" in report
 
 
+def test_averages_start_from_what_was_taken(tmp_path):
+  def averaged(value, average):
+    return _state(1, value=value).replace(
+      extra={"ema": {"net": {"w": jnp.full((16, 8), average)}}}
+    )
+
+  plain, own = tmp_path / "plain", tmp_path / "own"
+  for folder, state in ((plain, _state(1)), (own, averaged(1.0, 5.0))):
+    run = checkpoints.Checkpoints(folder)
+    run.save(state, config=CONFIG, metrics={})
+    run.wait()
+  # Theirs has no average: ours starts at their parameters, not at random.
+  got, _ = checkpoints.initialize_from(averaged(0.0, 0.0), plain)
+  assert (got.extra["ema"]["net"]["w"] == 1.0).all()
+  # Theirs has one: that is what was evaluated there, so that is taken.
+  got, _ = checkpoints.initialize_from(_state(0, value=0.0), own)
+  assert (got.params["net"]["w"] == 5.0).all()
+
+
+def test_lists_in_extra_do_not_hide_the_parameters(tmp_path):
+  state = _state(1).replace(extra={"queue": [jnp.ones(2), jnp.ones(3)]})
+  run = checkpoints.Checkpoints(tmp_path)
+  run.save(state, config=CONFIG, metrics={})
+  run.wait()
+  got, report = checkpoints.initialize_from(_state(0, value=0.0), tmp_path)
+  assert (got.params["net"]["w"] == 1.0).all()
+  assert "1 leaves taken" in report
+
+
+def test_a_metric_that_is_no_number_is_not_the_best(tmp_path):
+  run = checkpoints.Checkpoints(tmp_path, keep=1, best_metric="top1")
+  for step, value in ((1, float("nan")), (2, 0.5), (3, 0.9), (4, 0.1)):
+    run.save(_state(step), config=CONFIG, metrics={"top1": value})
+  run.wait()
+  assert run.steps() == [3, 4]
+
+
 def test_nothing_to_start_from_is_refused(saved, tmp_path):
   with pytest.raises(InputError, match="init_from: .* holds no checkpoint"):
     checkpoints.initialize_from(_state(0), tmp_path)

@@ -32,7 +32,7 @@ def _move(optimizer, steps=3):
       optax.adamw(0.1, weight_decay=0.2),
     ),
     (
-      {"name": "rmsprop", "b2": 0.9, "momentum": 0.5},
+      {"name": "rmsprop", "momentum": 0.5},
       optax.rmsprop(0.1, 0.9, 1e-8, momentum=0.5),
     ),
     (

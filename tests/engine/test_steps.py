@@ -80,7 +80,8 @@ def test_averaged_parameters_follow_slowly_and_are_evaluated():
   system = system_lib.load(settings.config(averaging=0.9))
   state = system.init(jax.random.key(0))
   got, _ = system.train_step(state, _batch(), jax.random.key(1))
-  want = 0.9 * state.params["net"] + 0.1 * got.params["net"]
+  # (1 + 0) / (10 + 0) of the start is kept in the first step.
+  want = 0.1 * state.params["net"] + 0.9 * got.params["net"]
   np.testing.assert_allclose(got.extra["ema"]["net"], want, rtol=1e-6)
   assert steps.evaluation_params(got) is got.extra["ema"]
 
