@@ -11,7 +11,6 @@ STUDY = Study(
       "suppression.policy": "union",
       "suppression.filter": "gaussian",
     },
-    "only_diffusion": {"suppression.policy": "filtered"},
   },
   # Other networks, other orders and other pictures for each seed.
   seeded=("seed", "data.options.seed"),
@@ -61,5 +60,16 @@ STUDY = Study(
       "plain",
       margin=0.02,
     ),
+  ),
+  notes=(
+    "How far apart the pictures of one texture family are, and how often the "
+    "texture gives the class away, were set on seed 100 so that plain training "
+    "has about the shape bias published for a ResNet-50 trained on ImageNet "
+    "(0.22; Geirhos et al., ICLR 2019). Of the seeds above only 0 had been seen "
+    "before, in a setting that was given up.",
+    "Outlines are far from anything in training (accuracy by chance is 0.06); "
+    "the filled silhouettes, which are nearer, gain far more.",
+    "The paper finds broader Grad-CAM maps with diffusion. Here the maps are "
+    "4 x 4, and no such difference is seen.",
   ),
 )
