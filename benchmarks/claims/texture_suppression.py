@@ -65,8 +65,8 @@ STUDY = Study(
     "How far apart the pictures of one texture family are, and how often the "
     "texture gives the class away, were set on seed 100 so that plain training "
     "has about the shape bias published for a ResNet-50 trained on ImageNet "
-    "(0.22; Geirhos et al., ICLR 2019). Of the seeds above only 0 had been seen "
-    "before, in a setting that was given up.",
+    "(0.22; Geirhos et al., ICLR 2019). Of the seeds above, 0 alone had been "
+    "seen before, in a setting that was given up.",
     "Outlines are far from anything in training (accuracy by chance is 0.06); "
     "the filled silhouettes, which are nearer, gain far more.",
     "The paper finds broader Grad-CAM maps with diffusion. Here the maps are "
