@@ -493,7 +493,11 @@ def _charts(results: Sequence[Result]) -> Iterator[Chart]:
   for key in keys:
     curves = [_curve(r.history, key) for r in results]
     points = [piece for curve in curves for piece in curve]
-    if key != "step" and points and np.ptp(np.concatenate(points)[:, 0]) > 0:
+    if (
+      key not in ("step", "time")
+      and points
+      and np.ptp(np.concatenate(points)[:, 0]) > 0
+    ):
       yield _chart(key, curves)
 
 
