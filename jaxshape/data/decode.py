@@ -6,6 +6,7 @@ which gives the numbers of "resize everything, then crop" without the pixels
 that the crop throws away.
 """
 
+import abc
 from collections.abc import Callable
 import dataclasses
 import io
@@ -258,6 +259,25 @@ def make_cache(limit: int, decoder: Decoder) -> Cache:
       "cache keeps finished images, so it goes with crop='center' only."
     )
   return Cache(limit)
+
+
+class Decoded(abc.ABC):
+  """A source of encoded images, from which a generator may draw boxes."""
+
+  def __init__(self, decoder: Decoder, *, cache: int):
+    self._decoder = decoder
+    self._cache = make_cache(cache, decoder)
+
+  def __getitem__(self, i: int) -> Example:
+    return self._example(i, None)
+
+  @property
+  def sample(self) -> Callable[[int, np.random.Generator], Example] | None:
+    """Gives example i with a box drawn by a generator, if boxes are drawn."""
+    return self._example if self._decoder.crop == "random" else None
+
+  @abc.abstractmethod
+  def _example(self, i: int, rng: np.random.Generator | None) -> Example: ...
 
 
 def _is_count(value: object) -> bool:

@@ -6,7 +6,7 @@ files and files that are no images are not looked at. Classes and files are
 sorted by name, so that the numbers do not depend on the disk that lists them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 import difflib
 import logging
@@ -24,7 +24,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
-class Folder:
+class Folder(decode.Decoded):
   """The images of one split.
 
   Attributes:
@@ -47,24 +47,13 @@ class Folder:
   ):
     self.root, self.files, self.labels = root, files, labels
     self.classes = classes
-    self._decoder = decoder
+    super().__init__(decoder, cache=cache)
     self._skip_damaged = skip_damaged
-    self._cache = decode.make_cache(cache, decoder)
     self._damaged: dict[int, str] = {}
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
     return len(self.files)
-
-  def __getitem__(self, i: int) -> decode.Example:
-    return self._example(i, None)
-
-  @property
-  def sample(
-    self,
-  ) -> Callable[[int, np.random.Generator], decode.Example] | None:
-    """Gives example i with a box drawn by a generator, if boxes are drawn."""
-    return self._example if self._decoder.crop == "random" else None
 
   @property
   def damaged(self) -> tuple[str, ...]:
@@ -76,7 +65,7 @@ class Folder:
     return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
   def __setstate__(self, state: dict):
-    self.__dict__.update(state)
+    vars(self).update(state)
     self._lock = threading.Lock()
 
   def _example(self, i: int, rng: np.random.Generator | None) -> decode.Example:

@@ -5,6 +5,7 @@ A spec is "kind:name": the kind is a module of this package that has a function
 means a folder of images.
 """
 
+import abc
 from collections.abc import Callable, Sequence
 import difflib
 import importlib
@@ -152,7 +153,7 @@ def read(
   return source[i] if rng is None or sample is None else sample(i, rng)
 
 
-class _View:
+class _View(abc.ABC):
   """Examples of a source, in another order or number."""
 
   def __init__(self, source: Source):
@@ -173,14 +174,14 @@ class _View:
     draws = getattr(self.source, "sample", None) is not None
     return self._example if draws else None
 
-  def __len__(self) -> int:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
 
   def __getitem__(self, i: int) -> Example:
     return self._example(i, None)
 
-  def _example(self, i: int, rng: np.random.Generator | None) -> Example:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def _example(self, i: int, rng: np.random.Generator | None) -> Example: ...
 
 
 class Doubled(_View):

@@ -6,7 +6,7 @@ the record lengths that is made when the source is opened. In TFRecord files the
 checksums of the lengths are checked, those of the images are not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 import importlib.util
 import json
@@ -39,7 +39,7 @@ class _Records(Protocol):
   def __getitem__(self, i: int, /) -> bytes: ...
 
 
-class Prepared:
+class Prepared(decode.Decoded):
   """One split of a prepared data set.
 
   Attributes:
@@ -66,22 +66,11 @@ class Prepared:
     self._ends = np.cumsum([shard.take for shard in shards])
     self._files = [os.fspath(shard.filename) for shard in shards]
     self._image_key, self._label_key = image_key, label_key
-    self._decoder = decoder
-    self._cache = decode.make_cache(cache, decoder)
+    super().__init__(decoder, cache=cache)
     self._raw = {image_key: tensorflow_datasets.decode.SkipDecoding()}
 
   def __len__(self) -> int:
     return len(self._records)
-
-  def __getitem__(self, i: int) -> decode.Example:
-    return self._example(i, None)
-
-  @property
-  def sample(
-    self,
-  ) -> Callable[[int, np.random.Generator], decode.Example] | None:
-    """Gives example i with a box drawn by a generator, if boxes are drawn."""
-    return self._example if self._decoder.crop == "random" else None
 
   def _example(self, i: int, rng: np.random.Generator | None) -> decode.Example:
     if not 0 <= i < len(self):

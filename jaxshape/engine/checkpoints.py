@@ -198,10 +198,7 @@ class Checkpoints:
       try:
         with _quiet():
           state = ocp.load(self.folder / str(number), like)
-        found = describe(state)
-        wrong = [path for path in stored if stored[path] != found[path]]
-        if wrong:
-          raise ValueError(f"the digest of {wrong[0]} differs")
+        _verify(state, stored)
       except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # Of the machine, not of the checkpoint.
       except Exception as error:
@@ -380,6 +377,13 @@ def describe(state: PyTree) -> dict[str, list[Any]]:
   return out
 
 
+def _verify(state: PyTree, stored: Mapping[str, Any]) -> None:
+  """Refuses leaves that are not what was stored."""
+  for path, found in describe(state).items():
+    if stored[path] != found:
+      raise ValueError(f"the digest of {path} differs")
+
+
 @functools.cache
 def versions() -> dict[str, str]:
   """What decides the numbers: the libraries, and a digest of this package."""
@@ -419,10 +423,7 @@ def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
         state = _load_part(run.folder / str(step), like, ("params", "extra"))
       except Exception:
         state = _load_part(run.folder / str(step), like, ("params",))
-      found = describe(state)
-      wrong = [path for path in found if stored[path] != found[path]]
-      if wrong:
-        raise ValueError(f"the digest of {wrong[0]} differs")
+      _verify(state, stored)
     except Exception as error:
       damaged.append(f"{step} ({_first_line(error)})")
       continue

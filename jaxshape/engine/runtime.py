@@ -104,8 +104,8 @@ def abstract_state(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
 
 def initialize(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
   """The state that `init` makes, made where it shall lie."""
-  with reading_config():
-    shardings = state_shardings(mesh, jax.eval_shape(init, key))
+  like = abstract_state(init, key, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
   return jax.jit(init, out_shardings=shardings)(key)
 
 
