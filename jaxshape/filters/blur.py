@@ -1,15 +1,11 @@
-"""Gaussian blur of images, with borders in NumPy's words.
+"""Blur of images: averages over a window, rows and columns after each other.
 
-| here        | NumPy       | SciPy     | OpenCV      | kornia      |
-|-------------|-------------|-----------|-------------|-------------|
-| `reflect`   | `reflect`   | `mirror`  | REFLECT_101 | `reflect`   |
-| `symmetric` | `symmetric` | `reflect` | REFLECT     | (none)      |
-| `edge`      | `edge`      | `nearest` | REPLICATE   | `replicate` |
-| `wrap`      | `wrap`      | `wrap`    | WRAP        | `circular`  |
+Source: `scipy.ndimage.gaussian_filter` and `cv2.blur` give the same numbers.
 """
 
 import functools
-from typing import Any, Literal
+import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -17,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
+from jaxshape.filters import windows
 from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
-
-_MODES = ("reflect", "symmetric", "edge", "wrap")
-_Mode = Literal["reflect", "symmetric", "edge", "wrap"]
 
 
 def _weights(sigma: jax.Array, reach: jax.Array, *, radius: int) -> jax.Array:
@@ -47,26 +41,23 @@ def _by_matrix(size: int, radius: int) -> bool:
 def _matrix(taps: jax.Array, source: np.ndarray, size: int) -> jax.Array:
   """The blur of one axis as a matrix, the border folded into its rows."""
   radius = len(taps) - 1
-  row = np.arange(size)[:, None]
-  shift = np.arange(-radius, radius + 1)
+  row, shift = np.arange(size)[:, None], np.arange(-radius, radius + 1)
   columns = source[row + shift + radius]
+  weights = jnp.where(columns < 0, 0, taps[np.abs(shift)])
   empty = jnp.zeros((size, size), taps.dtype)
-  return empty.at[row, columns].add(taps[np.abs(shift)])
+  return empty.at[row, np.maximum(columns, 0)].add(weights)
 
 
-def _blur_rows(x: jax.Array, taps: jax.Array, mode: _Mode) -> jax.Array:
+def _blur_rows(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
   """Blurs [n, m, k] along its first axis."""
   size, radius = x.shape[0], len(taps) - 1
-  # The row that stands at each place once the border is extended.
-  source = np.pad(np.arange(size), radius, mode=mode)
   flat = x.reshape(size, -1)
   if _by_matrix(size, radius):
-    out = jnp.matmul(
-      _matrix(taps, source, size), flat, precision=lax.Precision.HIGHEST
-    )
+    matrix = _matrix(taps, windows.places(size, radius, radius, border), size)
+    out = jnp.matmul(matrix, flat, precision=lax.Precision.HIGHEST)
     return out.reshape(x.shape)
-  wide = jnp.concatenate(
-    [flat[source[:radius]], flat, flat[source[size + radius :]]]
+  wide = windows.extend(
+    flat, axis=0, before=radius, after=radius, border=border
   )
   out = taps[0] * flat
   for k in range(1, radius + 1):
@@ -75,7 +66,7 @@ def _blur_rows(x: jax.Array, taps: jax.Array, mode: _Mode) -> jax.Array:
   return out.reshape(x.shape)
 
 
-def _blur_columns(x: jax.Array, taps: jax.Array, mode: _Mode) -> jax.Array:
+def _blur_columns(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
   """Blurs [h, w, c] along its second axis.
 
   Rows of interleaved pixels: a shift by k columns is one by k * c numbers, so
@@ -83,17 +74,11 @@ def _blur_columns(x: jax.Array, taps: jax.Array, mode: _Mode) -> jax.Array:
   """
   height, size, channels = x.shape
   radius = len(taps) - 1
-  source = np.pad(np.arange(size), radius, mode=mode)
   if _by_matrix(size, radius):
-    return jnp.einsum(
-      "wj,hjc->hwc",
-      _matrix(taps, source, size),
-      x,
-      precision=lax.Precision.HIGHEST,
-    )
-  wide = jnp.concatenate(
-    [x[:, source[:radius]], x, x[:, source[size + radius :]]], axis=1
-  ).reshape(height, -1)
+    matrix = _matrix(taps, windows.places(size, radius, radius, border), size)
+    return jnp.einsum("wj,hjc->hwc", matrix, x, precision=lax.Precision.HIGHEST)
+  wide = windows.extend(x, axis=1, before=radius, after=radius, border=border)
+  wide = wide.reshape(height, -1)
   length = size * channels
   out = taps[0] * x.reshape(height, length)
   for k in range(1, radius + 1):
@@ -103,28 +88,59 @@ def _blur_columns(x: jax.Array, taps: jax.Array, mode: _Mode) -> jax.Array:
   return out.reshape(x.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("radius", "mode"))
+def _blur(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
+  """Blurs images [B, h, w, c] by the same taps, or by each one's [B, k]."""
+  if taps.ndim == 1:  # One matrix for the whole batch.
+    taps = jnp.asarray(taps)
+    both = lambda x: _blur_columns(_blur_rows(x, taps, border), taps, border)
+    return jax.vmap(both)(x)
+  both = lambda x, t: _blur_columns(_blur_rows(x, t, border), t, border)
+  return jax.vmap(both)(x, taps)
+
+
+def _average(
+  x: jax.Array, taps: jax.Array, border: str, *, even: bool
+) -> jax.Array:
+  """Blurs images [B, h, w, c]; `even` if no window has room to spare."""
+  radius = taps.shape[-1] - 1
+  shifts = not any(_by_matrix(n, radius) for n in x.shape[1:3])
+  if even and shifts:
+    return _blur(x, taps, border)
+  return windows.through_wrong_numbers(lambda x: _blur(x, taps, border), x)
+
+
+@functools.partial(jax.jit, static_argnames=("radius", "even", "border"))
 def _gaussian(
   image: jax.Array,
   sigma: jax.Array,
   reach: jax.Array,
   *,
   radius: int,
-  mode: _Mode,
+  even: bool,
+  border: str,
 ) -> jax.Array:
   *leading, height, width, channels = image.shape
-  x = images.as_float32(image).reshape(-1, height, width, channels)
-  taps = functools.partial(_weights, radius=radius)
-
-  def blur(x: jax.Array, taps: jax.Array) -> jax.Array:
-    return _blur_columns(_blur_rows(x, taps, mode), taps, mode)
-
+  size = math.prod(leading)
+  x = images.as_float32(image).reshape(size, height, width, channels)
   sigma = jnp.asarray(sigma, jnp.float32)
-  if sigma.ndim == 0:  # One matrix for the whole batch.
-    out = jax.vmap(blur, (0, None))(x, taps(sigma, reach))
+  weights = functools.partial(_weights, radius=radius)
+  if sigma.ndim == 0:
+    taps = weights(sigma, reach)
   else:
     each = lambda a: jnp.broadcast_to(a, leading).reshape(-1)
-    out = jax.vmap(blur)(x, jax.vmap(taps)(each(sigma), each(reach)))
+    taps = jax.vmap(weights)(each(sigma), each(reach))
+  out = _average(x, taps, border, even=even)
+  return out.reshape(image.shape).astype(images.result_type(image))
+
+
+@functools.partial(jax.jit, static_argnames=("radius", "border"))
+def _box(image: jax.Array, *, radius: int, border: str) -> jax.Array:
+  *leading, height, width, channels = image.shape
+  size = math.prod(leading)
+  x = images.as_float32(image).reshape(size, height, width, channels)
+  # Whole numbers are summed exactly before they are divided.
+  out = _average(x, jnp.ones(radius + 1), border, even=True)
+  out = out / (2 * radius + 1) ** 2
   return out.reshape(image.shape).astype(images.result_type(image))
 
 
@@ -135,9 +151,9 @@ def gaussian(
   sigma: Num[ArrayLike, "*#batch"],
   radius: int | None = None,
   truncate: float = 4.0,
-  mode: str = "reflect",
+  border: str = "reflect",
 ) -> Float[Array, "*batch height width channels"]:
-  """Blurs with a Gaussian, rows and columns after each other.
+  """Blurs with a Gaussian.
 
   y(p) = sum over |k| <= radius of w(k) x(p + k), w(k) ~ exp(-k^2 / 2 sigma^2),
   the weights summing to 1. Computed in float32, whatever the type.
@@ -155,8 +171,8 @@ def gaussian(
     radius: The window reaches this far; without it, as far as
       `truncate * sigma`, rounded, for each image by itself.
     truncate: Unused if `radius` is given.
-    mode: How the image goes on beyond its border: "reflect", "symmetric",
-      "edge" or "wrap", as `numpy.pad` has it.
+    border: How the image goes on beyond its border: "reflect", "symmetric",
+      "edge", "constant" (zeros) or "wrap", as `numpy.pad` has it.
 
   Returns:
     The blurred image, in the image's type if that is a float type and float32
@@ -169,12 +185,7 @@ def gaussian(
     Gonzalez and Woods, "Digital Image Processing", 4th ed., 2018, Section 3.5.
   """
   values = images.read(image)
-  if mode not in _MODES:
-    raise ValueError(
-      f"mode must be one of {', '.join(_MODES)}, in NumPy's words, got "
-      f"{mode!r}; SciPy's 'reflect' is 'symmetric', OpenCV's REFLECT_101 and "
-      "SciPy's 'mirror' are 'reflect', 'nearest' and 'replicate' are 'edge'."
-    )
+  windows.check_border(border)
   if not truncate > 0:
     raise ValueError(f"truncate must be above 0, got {truncate}.")
   if radius is not None and radius < 0:
@@ -193,4 +204,39 @@ def gaussian(
   else:
     reach = np.floor(truncate * np.asarray(known) + 0.5).astype(np.int32)
     radius = int(reach.max())
-  return _gaussian(values, sigma, reach, radius=radius, mode=mode)
+  even = bool(np.min(reach) == radius)
+  return _gaussian(
+    values, sigma, reach, radius=radius, even=even, border=border
+  )
+
+
+@typed
+def box(
+  image: Image | images.Picture, *, size: int, border: str = "reflect"
+) -> Float[Array, "*batch height width channels"]:
+  """Averages over a square: `cv2.blur`, `scipy.ndimage.uniform_filter`.
+
+  y(p) = sum of x over the size x size pixels around p / size^2. Computed in
+  float32, whatever the type.
+
+  Args:
+    image: In any unit; pictures of PIL are taken as 0..255.
+    size: The square's side in pixels, odd.
+    border: How the image goes on beyond its border, as in `gaussian`.
+
+  Returns:
+    The blurred image, in the image's type if that is a float type and float32
+    otherwise.
+
+  Raises:
+    ValueError: An option is outside its range.
+
+  Reference:
+    Gonzalez and Woods, "Digital Image Processing", 4th ed., 2018, Section 3.5.
+  """
+  values = images.read(image)
+  windows.check_border(border)
+  windows.check_odd("size", size)
+  if values.size == 0:
+    return jnp.asarray(values, images.result_type(values))
+  return _box(values, radius=size // 2, border=border)

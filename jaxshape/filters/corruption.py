@@ -235,7 +235,7 @@ def gaussian_blur(image: Rgb, *, severity: int) -> Corrupted:
   """
   sigma = _parameter(severity, (1, 2, 3, 4, 6))
   x = images.as_float32(image)
-  return blur.gaussian(x, sigma=sigma, mode="edge")
+  return blur.gaussian(x, sigma=sigma, border="edge")
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
+from jaxshape.filters import batches
 from jaxshape.typing import (
   Array,
   ArrayLike,
@@ -31,11 +32,6 @@ from jaxshape.typing import (
 )
 
 Conduction = Callable[[jax.Array], jax.Array]
-
-# Images share a loop on CPUs until their pixels fill this much (in floats):
-# small ones because each alone would leave cores idle, not more because the
-# state of a loop should stay in a core's cache.
-_GROUP = 150_000
 
 # States that the gradient keeps. Up to this many iterations cost no
 # recomputation, and it is p1's number.
@@ -201,64 +197,19 @@ def _backward(
   return lax.fori_loop(0, longest, adjoint, start)
 
 
-def _in_groups(run: Callable[..., Any], u: jax.Array, *more: Any) -> Any:
-  """Runs a batch in groups that fit a cache, each with its own loop."""
-  size = len(u)
-  group = max(1, _GROUP // math.prod(u.shape[1:]))
-  if size <= group:
-    return run(u, *more)
-  whole = size - size % group
-  out = lax.map(
-    lambda args: run(*args),
-    jax.tree.map(
-      lambda a: a[:whole].reshape(-1, group, *a.shape[1:]), (u, *more)
-    ),
-  )
-  out = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), out)
-  if whole == size:
-    return out
-  rest = run(*jax.tree.map(lambda a: a[whole:], (u, *more)))
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
-
-
 def _run(
   loop: Callable[..., Any], conduction: Conduction, channels: int, *batch: Any
 ) -> Any:
-  """Runs a loop over a batch of rows the way that is fastest where it runs.
+  """Runs a loop over a batch of rows.
 
-  A loop over groups would make devices that share a batch gather it, so with
-  several devices the batch stays in one piece, as it does on accelerators;
-  then they exchange nothing but the longest count.
+  Where several devices share the batch they exchange nothing but the longest
+  count.
   """
-
-  def on_cpu(*batch: Any) -> Any:
-    short = _exponential_on_cpu if conduction is _exponential else conduction
-    run = functools.partial(loop, functools.partial(_step, short, channels))
-    if jax.device_count() > 1:
-      return run(*batch)
-    return _in_groups(run, *batch)
-
-  def elsewhere(*batch: Any) -> Any:
-    return loop(functools.partial(_step, conduction, channels), *batch)
-
-  @jax.custom_batching.custom_vmap
-  def run(*batch: Any) -> Any:
-    return lax.platform_dependent(*batch, cpu=on_cpu, default=elsewhere)
-
-  @run.def_vmap
-  def _(size: int, batched: Any, *batch: Any) -> Any:
-    # vmap of a batch is a longer batch, so that it runs in groups too.
-    def merge(a: jax.Array, has_axis: bool) -> jax.Array:
-      a = a if has_axis else jnp.broadcast_to(a, (size, *a.shape))
-      return a.reshape(size * a.shape[1], *a.shape[2:])
-
-    out = run(*jax.tree.map(merge, batch, tuple(batched)))
-    out = jax.tree.map(
-      lambda a: a.reshape(size, len(a) // size, *a.shape[1:]), out
-    )
-    return out, jax.tree.map(lambda _: True, out)
-
-  return run(*batch)
+  short = _exponential_on_cpu if conduction is _exponential else conduction
+  form = lambda c: functools.partial(
+    loop, functools.partial(_step, c, channels)
+  )
+  return batches.run(form(short), form(conduction), *batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

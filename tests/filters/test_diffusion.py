@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from jaxshape.errors import InputError
-from jaxshape.filters import diffusion
+from jaxshape.filters import batches, diffusion
 
 OPTIONS = {"exponential": 1, "rational": 2, "tukey": 3}
 
@@ -89,7 +89,7 @@ def test_perona_malik_equals_medpy_on_thin_images(shape):
 def test_perona_malik_in_groups_equals_medpy(monkeypatch):
   # One device is what most people have: groups of two and a rest of one.
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  monkeypatch.setattr(diffusion, "_GROUP", 2 * 12 * 14 * 3)
+  monkeypatch.setattr(batches, "GROUP", 2 * 12 * 14 * 3)
   jax.clear_caches()
   images, counts = random_image(5, 12, 14, 3), np.array([20, 0, 7, 3, 25])
   got = diffusion.perona_malik(images, iterations=counts)
