@@ -114,6 +114,59 @@ def test_short_exponential_is_exact_enough():
   assert np.isnan(far[3])
 
 
+COUPLED = {
+  "exponential": lambda s: np.exp(-s),
+  "rational": lambda s: 1 / (1 + s),
+  "tukey": lambda s: 0.5 * (1 - np.minimum(s / 2, 1)) ** 2,
+}
+
+
+@pytest.mark.parametrize("conduction", COUPLED)
+@pytest.mark.parametrize("shape", [(9, 11, 3), (130, 131, 2), (1, 7, 3)])
+def test_coupled_channels_equal_the_definition(conduction, shape):
+  image = random_image(*shape)
+  got = jax.jit(
+    lambda x: diffusion.perona_malik(
+      x, kappa=60.0, iterations=10, conduction=conduction, coupled=True
+    )
+  )(image)
+  u = image.astype(np.float64)
+  for _ in range(10):
+    change = np.zeros_like(u)
+    for axis in (0, 1):
+      d = np.diff(u, axis=axis)
+      s = (d**2).sum(-1, keepdims=True) / 60**2
+      flux = np.pad(d * COUPLED[conduction](s), [
+        (1, 1) if k == axis else (0, 0) for k in range(3)
+      ])  # fmt: skip
+      change += np.diff(flux, axis=axis)
+    u += 0.1 * change
+  np.testing.assert_allclose(got, u, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(7, 8, 3), (2, 9, 5, 1), (1, 2, 1)])
+def test_gradient_scale_equals_numpy(shape):
+  image = random_image(*shape)
+  for one, got in zip(
+    image.reshape(-1, *shape[-3:]),
+    np.ravel(diffusion.gradient_scale(image)),
+    strict=True,
+  ):
+    d = np.concatenate([np.diff(one, axis=k).ravel() for k in (0, 1)])
+    d = np.concatenate([d, -d])
+    want = 1.4826 * np.median(np.abs(d - np.median(d)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_robust_equals_medpy_at_the_same_scale():
+  image = random_image(20, 21, 3)
+  scale = float(diffusion.gradient_scale(image))
+  want = medpy(image, kappa=scale * 2.5**0.5, option=3)
+  np.testing.assert_allclose(diffusion.robust(image), want, atol=1e-3)
+  got = diffusion.robust(image, scale=scale)
+  np.testing.assert_allclose(got, want, atol=1e-3)
+
+
 # Laws.
 
 
@@ -175,11 +228,49 @@ def test_options_per_image_are_those_of_single_calls():
     np.testing.assert_allclose(got[i, j], want, atol=1e-4)
 
 
+def test_one_channel_has_nothing_to_couple():
+  image = random_image(9, 8, 1)
+  got = diffusion.perona_malik(image, coupled=True)
+  want = diffusion.perona_malik(image)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_an_edge_of_one_channel_holds_back_the_others_when_coupled():
+  image = np.zeros((9, 20, 3), np.float32)
+  image[:, 10:] = (15, 15, 200)
+  alone = diffusion.perona_malik(image, iterations=40)
+  coupled = diffusion.perona_malik(image, iterations=40, coupled=True)
+  assert np.ptp(alone[0, 9:11, 0]) < 3
+  np.testing.assert_allclose(coupled, image, atol=1e-3)
+
+
+def test_robust_needs_no_unit_and_no_choice():
+  image = np.where(np.arange(24)[:, None, None] < 12, 80.0, 120.0)
+  noise = np.random.default_rng(0).normal(scale=3, size=(24, 30, 1))
+  image = (image + noise).astype(np.float32)
+  got = diffusion.robust(image, iterations=200)
+  assert got[:10].std() < 0.7
+  assert got[12].mean() - got[11].mean() > 38
+  scaled = diffusion.robust(image / 255, iterations=200)
+  np.testing.assert_allclose(255 * scaled, got, atol=0.05)
+
+
+def test_robust_leaves_a_flat_image():
+  flat = np.full((4, 5, 3), 7.0, np.float32)
+  flat[0, 0] = 9
+  np.testing.assert_array_equal(diffusion.robust(flat), flat)
+  slope = jax.grad(lambda x: (diffusion.robust(x) ** 2).sum())(flat)
+  np.testing.assert_allclose(slope, 2 * flat, rtol=1e-6)
+
+
 def test_own_conduction():
   image = random_image(9, 9, 3)
   got = diffusion.perona_malik(image, conduction=lambda r: 1 / (1 + r * r))
   want = diffusion.perona_malik(image, conduction="rational")
-  np.testing.assert_array_equal(got, want)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  linear = diffusion.perona_malik(image, conduction=jnp.ones_like)
+  flat = diffusion.perona_malik(image, kappa=1e9)
+  np.testing.assert_allclose(linear, flat, atol=1e-4)
 
 
 def test_uint8_and_pictures_are_taken_as_they_are():
@@ -270,6 +361,34 @@ def test_gradients_equal_differences(conduction):
   test_util.check_grads(f, (image, kappa), 1, ["rev"], atol=2e-2, rtol=2e-2)
 
 
+def test_gradients_of_coupled_channels_equal_differences():
+  image = random_image(2, 4, 5, 3) / 255
+  counts = np.array([3, 22])
+  f = lambda u, k: diffusion.perona_malik(
+    u, kappa=k, iterations=counts, coupled=True
+  )
+  kappa = np.array([0.6, 1.1], np.float32)
+  test_util.check_grads(f, (image, kappa), 1, ["rev"], atol=2e-2, rtol=2e-2)
+  own = lambda u: diffusion.perona_malik(
+    u, kappa=0.7, conduction=_gaussian, coupled=True
+  )
+  named = lambda u: diffusion.perona_malik(u, kappa=0.7, coupled=True)
+  of = lambda f: jax.grad(lambda u: f(u).var())
+  np.testing.assert_allclose(own(image), named(image), atol=1e-5)
+  np.testing.assert_allclose(of(own)(image), of(named)(image), atol=1e-5)
+
+
+def _gaussian(r):
+  return jnp.exp(-(r**2))
+
+
+def test_robust_under_vmap_and_jit_is_that_of_single_images():
+  images = random_image(3, 7, 8, 3) * np.array([0.1, 1, 3])[:, None, None, None]
+  want = np.stack([diffusion.robust(image) for image in images])
+  for f in (diffusion.robust, jax.jit(jax.vmap(diffusion.robust))):
+    np.testing.assert_allclose(f(images), want, atol=1e-3)
+
+
 def test_gradient_under_vmap_is_that_of_the_batch():
   images, counts = random_image(3, 6, 7, 3), np.array([0, 25, 4])
   f = lambda u, n: (diffusion.perona_malik(u, iterations=n) ** 2).sum()
@@ -313,6 +432,12 @@ def test_devices_share_a_batch_without_gathering_it():
 def test_options_outside_their_range_are_refused(name, value):
   with pytest.raises(ValueError, match=f"^{name} must be .*got"):
     diffusion.perona_malik(random_image(2, 4, 4, 3), **{name: value})
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, np.array([2.0, np.nan])])
+def test_scales_outside_their_range_are_refused(scale):
+  with pytest.raises(ValueError, match=r"^scale must be above 0, got"):
+    diffusion.robust(random_image(2, 4, 4, 3), scale=scale)
 
 
 def test_wrong_shapes_are_refused_by_name():
