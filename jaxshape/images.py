@@ -1,13 +1,15 @@
 """What every filter takes: arrays of any number type, and pictures of PIL."""
 
+import importlib.resources
 from typing import Any, Protocol, runtime_checkable
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxshape.errors import InputError
-from jaxshape.typing import Array, Float, Num
+from jaxshape.typing import Array, Float, Num, UInt8
 
 # Modes whose values `convert("RGB")` keeps within 0..255 without clipping.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
@@ -54,6 +56,22 @@ def read(image: Num[Any, "*batch height width channels"] | Picture) -> Any:
   return np.asarray(image.convert("RGB"))
 
 
+def example() -> UInt8[np.ndarray, "height width 3"]:
+  """Gives a photograph to try a filter on: a cat, whose fur is texture.
+
+  Returns:
+    The picture, free of rights (CC0, from scikit-image's collection).
+
+  Raises:
+    ImportError: Pillow is not installed, which nothing else here needs.
+  """
+  from PIL import Image  # noqa: PLC0415 - the rest works without it.
+
+  file = importlib.resources.files("jaxshape").joinpath("example.jpg")
+  with file.open("rb") as stream, Image.open(stream) as picture:
+    return np.asarray(picture.convert("RGB"))
+
+
 def as_float32(image: Num[Any, "..."]) -> Float[Array, "..."]:
   """The same values in the type in which filters compute."""
   return jnp.asarray(image, jnp.float32)
@@ -75,3 +93,37 @@ def concrete(value: Any) -> np.ndarray | None:
     return np.asarray(value)
   except (jax.errors.TracerArrayConversionError, RuntimeError):
     return None
+
+
+# Options that were warned of.
+_warned: set[str] = set()
+
+
+def warn_of_units(image: Any, name: str, value: np.ndarray | None) -> None:
+  """Warns, once, if edges cannot be told from texture for want of scale.
+
+  Args:
+    image: What the option is applied to.
+    name: The option's: a difference of values that counts as an edge.
+    value: The option's, or None where it is not known; 1 and more is made for
+      0..255.
+  """
+  if value is None or value.size == 0 or value.min() < 1:
+    return
+  if name in _warned or not jnp.issubdtype(image.dtype, jnp.floating):
+    return
+  known = concrete(image)
+  # One number mostly decides.
+  if known is None or known.size == 0 or not 0 <= known.flat[0] <= 1:
+    return
+  low, high = known.min(), known.max()
+  if not (low >= 0 and high <= 1 and low < high):
+    return
+  _warned.add(name)
+  option = float(value.min())
+  warnings.warn(
+    f"the image lies within 0..1 but {name}={option:g} is made for 0..255, so "
+    f"every edge is blurred like texture; give {name} in the image's units "
+    f"({name}={option / 255:.3g}) or an image in 0..255.",
+    stacklevel=5,  # Beyond the function that calls this, which is @typed.
+  )

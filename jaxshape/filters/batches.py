@@ -4,10 +4,11 @@ On a CPU, images share a loop until they fill a core's cache, so that what is
 computed between input and output never leaves it; elsewhere, and where several
 devices share a batch, the batch stays in one piece.
 
-Source: measured, see `benchmarks/results/filters.md`.
+Source: measured, see `benchmarks/results/`.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -43,6 +44,31 @@ def _in_groups(run: Callable[..., Any], *batch: Any) -> Any:
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
 
 
+def _here(run: Callable[..., Any], *batch: Any) -> Any:
+  """On CPUs: in groups, unless devices would have to gather the batch."""
+  return run(*batch) if jax.device_count() > 1 else _in_groups(run, *batch)
+
+
+@typed
+def in_groups(run: Callable[..., Any], *batch: Any) -> Any:
+  """Runs a filter in groups on a CPU and over the whole batch elsewhere.
+
+  Differentiable as far as the filter is.
+
+  Args:
+    run: Takes the batch's leaves and returns leaves with the same first axis,
+      for any number of images.
+    *batch: Trees of arrays with the images along the first axis; the first
+      one's size decides on the groups.
+
+  Returns:
+    What it gives for the whole batch.
+  """
+  return lax.platform_dependent(
+    *batch, cpu=functools.partial(_here, run), default=run
+  )
+
+
 @typed
 def run(
   on_cpu: Callable[..., Any], elsewhere: Callable[..., Any], *batch: Any
@@ -65,13 +91,9 @@ def run(
     What the form gives for the whole batch.
   """
 
-  def here(*batch: Any) -> Any:
-    return (
-      on_cpu(*batch) if jax.device_count() > 1 else _in_groups(on_cpu, *batch)
-    )
-
   @jax.custom_batching.custom_vmap
   def placed(*batch: Any) -> Any:
+    here = functools.partial(_here, on_cpu)
     return lax.platform_dependent(*batch, cpu=here, default=elsewhere)
 
   @placed.def_vmap

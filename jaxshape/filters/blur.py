@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
-from jaxshape.filters import windows
+from jaxshape.filters import batches, windows
 from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
 
 
@@ -90,12 +90,10 @@ def _blur_columns(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
 
 def _blur(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
   """Blurs images [B, h, w, c] by the same taps, or by each one's [B, k]."""
-  if taps.ndim == 1:  # One matrix for the whole batch.
-    taps = jnp.asarray(taps)
-    both = lambda x: _blur_columns(_blur_rows(x, taps, border), taps, border)
-    return jax.vmap(both)(x)
   both = lambda x, t: _blur_columns(_blur_rows(x, t, border), t, border)
-  return jax.vmap(both)(x, taps)
+  if taps.ndim == 1:  # One matrix for the whole batch.
+    return batches.in_groups(lambda x: jax.vmap(both, (0, None))(x, taps), x)
+  return batches.in_groups(jax.vmap(both), x, taps)
 
 
 def _average(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 from jax import lax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
-from jaxshape.filters import batches
+from jaxshape.filters import batches, kernels
 from jaxshape.typing import (
   Array,
   ArrayLike,
@@ -171,20 +170,37 @@ def _derivative(
   return jax.jvp(of_one, (at[i],), (along,))[1]
 
 
+def _once(step: Step, u: jax.Array, plan: _Plan, t: ArrayLike) -> jax.Array:
+  """Iteration t of the images that have some left."""
+  return jnp.where(t < plan.steps, step(u, plan.kappa, plan.gamma), u)
+
+
 def _advance(
   step: Step, u: jax.Array, plan: _Plan, start: ArrayLike, stop: ArrayLike
 ) -> jax.Array:
-  """Iterations start..stop - 1, for each image as long as it has some left."""
-
-  def body(t: jax.Array, u: jax.Array) -> jax.Array:
-    return jnp.where(t < plan.steps, step(u, plan.kappa, plan.gamma), u)
-
+  """Iterations start..stop - 1."""
+  body = lambda t, u: _once(step, u, plan, t)
   return lax.fori_loop(start, stop, body, u)
 
 
 def _forward(step: Step, u: jax.Array, plan: _Plan) -> jax.Array:
   """All iterations of a batch in one loop."""
   return _advance(step, u, plan, 0, jnp.max(plan.steps))
+
+
+def _forward_by_twos(step: Step, u: jax.Array, plan: _Plan) -> jax.Array:
+  """The same, two iterations a round.
+
+  On a GPU a loop's state is copied before a round unless it is overwritten by
+  what another buffer held; seen in programs compiled for an H100.
+  """
+  last = jnp.max(plan.steps)
+
+  def body(i: jax.Array, u: jax.Array) -> jax.Array:
+    u = lax.optimization_barrier(_once(step, u, plan, 2 * i))
+    return _once(step, u, plan, 2 * i + 1)
+
+  return lax.fori_loop(0, (last + 1) // 2, body, u)
 
 
 def _backward(
@@ -233,34 +249,54 @@ def _backward(
   return lax.fori_loop(0, longest, adjoint, start)
 
 
-def _run(
-  loop: Callable[..., Any],
-  conduction: Conduction,
-  channels: int | None,
-  *batch: Any,
-) -> Any:
-  """Runs a loop over a batch of rows, or of planes if `channels` is None.
+def _form(
+  loop: Callable[..., Any], conduction: Conduction, channels: int | None
+) -> Callable[..., Any]:
+  """A loop over a batch of rows, or of planes if `channels` is None."""
+  if channels is None:
+    return functools.partial(loop, functools.partial(_coupled_step, conduction))
+  return functools.partial(loop, functools.partial(_step, conduction, channels))
 
-  Where several devices share the batch they exchange nothing but the longest
-  count.
-  """
 
-  def form(conduction: Conduction) -> Callable[..., Any]:
-    if channels is None:
-      step = functools.partial(_coupled_step, conduction)
-    else:
-      step = functools.partial(_step, conduction, channels)
-    return functools.partial(loop, step)
+def _on_cpu(conduction: Conduction) -> Conduction:
+  return _exponential_on_cpu if conduction is _exponential else conduction
 
-  short = _exponential_on_cpu if conduction is _exponential else conduction
-  return batches.run(form(short), form(conduction), *batch)
+
+def _by_kernel(
+  conduction: Conduction, channels: int, u: jax.Array, plan: _Plan
+) -> jax.Array:
+  """One kernel for all iterations of a plane, where it applies."""
+  size, height, width = u.shape[0], u.shape[1], u.shape[2] // channels
+  planes = u.reshape(size, height, width, channels).transpose(0, 3, 1, 2)
+  each = [jnp.repeat(jnp.reshape(a, size), channels) for a in plan]
+  out = kernels.diffuse_planes(
+    planes.reshape(-1, height, width), *each, conduction=conduction
+  )
+  out = out.reshape(size, channels, height, width).transpose(0, 2, 3, 1)
+  return out.reshape(u.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _diffuse(
   conduction: Conduction, channels: int | None, u: jax.Array, plan: _Plan
 ) -> jax.Array:
-  return _run(_forward, conduction, channels, u, plan)
+  # Where several devices share the batch they exchange nothing but the
+  # longest count.
+  here = _form(_forward, _on_cpu(conduction), channels)
+  elsewhere = _form(_forward_by_twos, conduction, channels)
+  if (
+    kernels.USED
+    and channels is not None
+    and conduction in _CONDUCTIONS.values()
+    and jax.device_count() == 1
+    and kernels.applies((u.shape[1], u.shape[2] // channels))
+  ):
+    whole = elsewhere
+    kernel = functools.partial(_by_kernel, conduction, channels)
+    elsewhere = lambda *batch: lax.platform_dependent(
+      *batch, cuda=kernel, default=whole
+    )
+  return batches.run(here, elsewhere, u, plan)
 
 
 def _diffuse_fwd(
@@ -273,7 +309,9 @@ def _diffuse_bwd(
   conduction: Conduction, channels: int | None, batch: Any, v: jax.Array
 ) -> Any:
   u, plan = batch
-  du, dk, dg = _run(_backward, conduction, channels, u, plan, v)
+  here = _form(_backward, _on_cpu(conduction), channels)
+  elsewhere = _form(_backward, conduction, channels)
+  du, dk, dg = batches.run(here, elsewhere, u, plan, v)
   none = np.zeros(plan.steps.shape, jax.dtypes.float0)
   return du, _Plan(none, dk, dg)
 
@@ -312,32 +350,6 @@ def _perona_malik(
   else:
     out = jnp.asarray(_diffuse(conduction, channels, u, plan))
   return out.reshape(image.shape).astype(images.result_type(image))
-
-
-@functools.cache
-def _warn_of_units(kappa: float) -> None:
-  warnings.warn(
-    f"the image lies within 0..1 but kappa={kappa:g} is made for 0..255, so "
-    "every edge is blurred like texture; give kappa in the image's units "
-    f"(kappa={kappa / 255:.3g}) or an image in 0..255.",
-    stacklevel=4,
-  )
-
-
-def _check_units(image: Any, kappa: np.ndarray | None) -> None:
-  """Warns, once, if edges cannot be told from texture for want of scale."""
-  if kappa is None or kappa.size == 0 or kappa.min() < 1:
-    return
-  if _warn_of_units.cache_info().currsize:
-    return
-  if not jnp.issubdtype(image.dtype, jnp.floating):
-    return
-  known = images.concrete(image)
-  if known is None or known.size == 0:
-    return
-  low, high = known.min(), known.max()
-  if low >= 0 and high <= 1 and low < high:
-    _warn_of_units(float(kappa.min()))
 
 
 @typed
@@ -430,7 +442,7 @@ def perona_malik(
   known = images.concrete(kappa)
   if known is not None and not (known > 0).all():
     raise ValueError(f"kappa must be above 0, got {kappa}.")
-  _check_units(values, known)
+  images.warn_of_units(values, "kappa", known)
   known = images.concrete(step_size)
   if known is not None and not ((known > 0) & (known <= 0.25)).all():
     raise ValueError(

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from jaxshape.errors import InputError
-from jaxshape.filters import batches, diffusion
+from jaxshape.filters import batches, diffusion, kernels
 
 OPTIONS = {"exponential": 1, "rational": 2, "tukey": 3}
 
@@ -103,6 +103,31 @@ def test_perona_malik_in_groups_equals_medpy(monkeypatch):
   for row, image, count in zip(got, images, counts, strict=True):
     np.testing.assert_allclose(row, medpy(image, iterations=count), atol=1e-3)
   np.testing.assert_allclose(gradient, jax.grad(loss)(images), rtol=1e-5)
+
+
+def test_the_form_for_accelerators_equals_medpy():
+  images, counts = random_image(3, 12, 14, 3), np.array([7, 0, 20])
+  plan = diffusion._Plan(
+    counts.reshape(3, 1, 1), np.full((3, 1, 1), 20.0), np.full((3, 1, 1), 0.1)
+  )
+  rows = jnp.asarray(images.reshape(3, 12, 14 * 3))
+  step = diffusion._CONDUCTIONS["rational"]
+  got = diffusion._form(diffusion._forward_by_twos, step, 3)(rows, plan)
+  for row, image, count in zip(got, images, counts, strict=True):
+    want = medpy(image, iterations=count, option=2)
+    np.testing.assert_allclose(row.reshape(12, 14, 3), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_kernel_is_reached_on_cuda_where_it_is_asked_for(monkeypatch, used):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  monkeypatch.setattr(kernels, "USED", used)
+  jax.clear_caches()
+  image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+  traced = jax.jit(diffusion.perona_malik).trace(image)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert ("mosaic_gpu" in text) == used
+  jax.clear_caches()
 
 
 def test_short_exponential_is_exact_enough():
@@ -455,8 +480,8 @@ def test_pictures_of_sixteen_bits_are_refused():
     diffusion.perona_malik(picture)
 
 
-def test_unfitting_units_are_warned_of_once():
-  diffusion._warn_of_units.cache_clear()
+def test_unfitting_units_are_warned_of_once(monkeypatch):
+  monkeypatch.setattr("jaxshape.images._warned", set())
   image = random_image(4, 4, 3) / 255
   jax.jit(diffusion.perona_malik)(image)  # Traced: nothing is known.
   diffusion.perona_malik(image, kappa=0.1)
@@ -465,4 +490,3 @@ def test_unfitting_units_are_warned_of_once():
   with pytest.warns(UserWarning, match="within 0..1.*kappa=0.0784"):
     diffusion.perona_malik(image)
   diffusion.perona_malik(image)
-  diffusion._warn_of_units.cache_clear()
