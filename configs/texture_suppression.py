@@ -7,7 +7,8 @@ Every variant of the paper is a value of `config.suppression`:
   "Only Anisotropic"      --config.suppression.policy=filtered
   MoCo's share, Sec. 4.1  --config.suppression.policy=probability
                           --config.suppression.iterations=10,20
-  Gaussian blur           --config.suppression.filter=gaussian
+  Table 4's filters       --config.suppression.filter=robust, gaussian,
+                          bilateral, median or cartoon
   fine-tuning, Sec. 4     --config=...:small_finetune --config.init_from=runs/x
 
 Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
@@ -49,12 +50,18 @@ def get_config(mode: str = "imagenet") -> Config:
   config.suppression = ConfigDict()
   config.suppression.policy = "union"  # Sec. 3: "Anisotropic ImageNet".
   config.suppression.probability = 0.5  # Sec. 4.1, of policy=probability.
-  config.suppression.filter = "perona_malik"  # Or gaussian.
+  config.suppression.filter = "perona_malik"
   config.suppression.kappa = 20.0  # Sec. 4.
   config.suppression.step_size = 0.1  # MedPy's default.
   config.suppression.iterations = (20, 20)  # Sec. 4; drawn from low..high.
   config.suppression.conduction = "exponential"  # Eq. 2.
   config.suppression.sigma = (10.0, 20.0)  # Sec. 4.2.2, at 224 px.
+  # Sec. 10.2 names the filters below and no numbers: OpenCV's usual ones.
+  config.suppression.diameter = 9  # Of bilateral.
+  config.suppression.sigma_color = (75.0, 75.0)
+  config.suppression.sigma_space = 75.0
+  config.suppression.size = 5  # Of median.
+  config.suppression.preset = "classic"  # Of cartoon.
 
   config.data = ConfigDict()
   config.data.source = "tfds:imagenet2012"

@@ -6,6 +6,7 @@ image by itself, the same key gives the same picture, and neither the other
 images nor the size of the batch matter. `mixup` and `cutmix` act on batches.
 
 Definitions follow torchvision (transforms v1) unless a note says otherwise.
+`random_suppression` takes batches as well; `data.suppression` has its policies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+# Under this name here too, beside the other augmentations.
+from jaxshape.data.suppression import random_suppression
 from jaxshape.errors import InputError
 from jaxshape.filters import blur
 from jaxshape.typing import Array, ArrayLike, Batch, Float, Num, typed
@@ -26,7 +29,7 @@ from jaxshape.typing import Key as KeyOf
 Key = KeyOf[Array, ""]
 Rgb = Num[ArrayLike, "height width 3"]
 Same = Float[Array, "height width 3"]
-Range = Sequence[float]
+Range = Sequence[float | int]
 
 # Attempts at a crop that fits, before the whole height or width is taken.
 _ATTEMPTS = 10
@@ -453,6 +456,7 @@ _IMAGE: dict[str, Callable[..., jax.Array]] = {
   "color_jitter": color_jitter,
   "grayscale": grayscale,
   "gaussian_blur": gaussian_blur,
+  "random_suppression": random_suppression,
   "cutout": cutout,
 }
 _BATCH: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {

@@ -3,7 +3,8 @@
 | paper | here |
 |---|---|
 | Eq. 1 and 2, Perona-Malik diffusion | `filters.diffusion.perona_malik` |
-| Gaussian blur, the rival | `filters.blur.gaussian` |
+| drawing a strength per image | `data.suppression.random_suppression` |
+| Table 4, the other filters | `filter="robust"`, `"gaussian"`, … |
 | Sec. 3, "Anisotropic ImageNet" (originals and filtered) | `policy="union"` |
 | Sec. 4, only filtered / only original | `policy="filtered"`, `"original"` |
 | Sec. 4.1, filtered with a probability | `policy="probability"` |
@@ -33,10 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape.backbones import resnet
-from jaxshape.data import augment, sources, stream
+from jaxshape.data import augment, sources, stream, suppression
 from jaxshape.engine import evaluators, optimizers, report, steps
 from jaxshape.errors import InputError
-from jaxshape.filters import blur, diffusion
 from jaxshape.layers import apply
 from jaxshape.losses import classification
 from jaxshape.system import Evaluator, System, TrainState
@@ -46,27 +46,37 @@ POLICIES = ("original", "union", "filtered", "probability")
 DTYPES = ("float32", "bfloat16")
 
 
-def smooth(config: Config, images: Array, strength: Array) -> Array:
-  """Filters each image as strongly as it is told; 0 leaves it as it is.
-
-  Args:
-    config: `config.suppression`.
-    images: `[batch, height, width, 3]`, 0..255.
-    strength: `[batch]`, iterations of the diffusion or sigma of the blur.
-
-  Returns:
-    Float images of the same shape and range.
-  """
-  if config.filter == "perona_malik":
-    return diffusion.perona_malik(
-      images,
-      kappa=config.kappa,
-      step_size=config.step_size,
-      iterations=strength.astype(jnp.int32),
-      conduction=config.conduction,
-    )
-  radius = round(4 * config.sigma[1])
-  return blur.gaussian(images, sigma=strength, radius=radius)
+def _filter(
+  config: Config,
+  key: Array,
+  images: Array,
+  *,
+  share: Array | float,
+  strongest: bool = False,
+) -> Array:
+  """Filters a share of the images, or each as its own share says."""
+  drawn = {
+    name: tuple(config[name])[-1:] * 2 if strongest else tuple(config[name])
+    for name in ("iterations", "sigma", "sigma_color")
+  }
+  return suppression.random_suppression(
+    key,
+    images,
+    probabilities={config.filter: share},
+    **drawn,
+    **{
+      name: config[name]
+      for name in (
+        "kappa",
+        "step_size",
+        "conduction",
+        "diameter",
+        "sigma_space",
+        "size",
+        "preset",
+      )
+    },
+  )
 
 
 def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
@@ -81,23 +91,14 @@ def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
     The batch with float images.
   """
   images = jnp.asarray(batch["image"], jnp.float32)
-  if config.policy == "original":
-    return {**batch, "image": images}
-  shape = images.shape[:1]
-  chosen_key, strength_key = jax.random.split(key)
-  if config.policy == "union":
-    chosen = jnp.asarray(batch["filtered"]) > 0
-  else:
-    share = 1.0 if config.policy == "filtered" else config.probability
-    chosen = jax.random.bernoulli(chosen_key, share, shape)
-  if config.filter == "perona_malik":
-    low, high = config.iterations
-    drawn = jax.random.randint(strength_key, shape, low, high + 1)
-  else:
-    low, high = config.sigma
-    drawn = jax.random.uniform(strength_key, shape, minval=low, maxval=high)
-  strength = jnp.where(chosen, drawn, 0)
-  return {**batch, "image": smooth(config, images, strength)}
+  if config.policy != "original":
+    share = {
+      "union": batch.get("filtered"),
+      "filtered": 1.0,
+      "probability": config.probability,
+    }[config.policy]
+    images = _filter(config, key, images, share=share)
+  return {**batch, "image": images}
 
 
 def make(config: Config) -> System:
@@ -199,7 +200,7 @@ def make(config: Config) -> System:
 
 
 def _check(config: Config) -> None:
-  suppression = config.suppression
+  chosen = config.suppression
   if config.dtype not in DTYPES:
     raise InputError(
       f"config.dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}."
@@ -211,36 +212,36 @@ def _check(config: Config) -> None:
       "config.mean and config.std must be three numbers each, std above 0, got "
       f"{config.mean} and {config.std}."
     )
-  if not 0 <= suppression.probability <= 1:
+  if not 0 <= chosen.probability <= 1:
     raise InputError(
       "config.suppression.probability must be in 0..1, got "
-      f"{suppression.probability}."
+      f"{chosen.probability}."
     )
-  if suppression.policy not in POLICIES:
+  if chosen.policy not in POLICIES:
     raise InputError(
       f"config.suppression.policy must be one of {', '.join(POLICIES)}, got "
-      f"{suppression.policy!r}."
+      f"{chosen.policy!r}."
     )
-  if suppression.filter not in ("perona_malik", "gaussian"):
+  if chosen.filter not in suppression.FILTERS:
     raise InputError(
-      "config.suppression.filter must be perona_malik or gaussian, got "
-      f"{suppression.filter!r}."
+      "config.suppression.filter must be one of "
+      f"{', '.join(suppression.FILTERS)}, got {chosen.filter!r}."
     )
-  for name in ("iterations", "sigma"):
-    values = suppression[name]
+  for name in ("iterations", "sigma", "sigma_color"):
+    values = chosen[name]
     if len(values) != 2 or not 0 <= values[0] <= values[1]:
       raise InputError(
         f"config.suppression.{name} must be a range (low, high) from 0 up, got "
         f"{tuple(values)}."
       )
-  if not all(isinstance(n, int) for n in suppression.iterations):
+  if not all(isinstance(n, int) for n in chosen.iterations):
     raise InputError(
       "config.suppression.iterations must be whole numbers, got "
-      f"{tuple(suppression.iterations)}."
+      f"{tuple(chosen.iterations)}."
     )
   # The filter itself refuses what else does not fit.
-  one = jnp.zeros((1, 2, 2, 3)), jnp.zeros(1)
-  jax.eval_shape(functools.partial(smooth, suppression), *one)
+  one = functools.partial(_filter, chosen, share=1.0)
+  jax.eval_shape(one, jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
 
 
 def _classes(config: Config) -> tuple[str, ...]:
@@ -336,13 +337,11 @@ def _on_filtered(
   data: evaluators.Data,
 ) -> Evaluator:
   """Accuracy on images without their texture, and what they look like."""
-  high = config.iterations[1]
-  if config.filter == "gaussian":
-    high = config.sigma[1]
 
   def strongest(images: evaluators.Images) -> Array:
     images = jnp.asarray(images, jnp.float32)
-    return smooth(config, images, jnp.full(images.shape[:1], high))
+    key = jax.random.key(0)  # Nothing is left to draw.
+    return _filter(config, key, images, share=1.0, strongest=True)
 
   evaluator = evaluators.accuracy(
     dataclasses.replace(

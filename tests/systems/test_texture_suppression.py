@@ -13,7 +13,7 @@ from jaxshape import system as system_lib
 from jaxshape.data import textured_shapes
 from jaxshape.engine import checkpoints
 from jaxshape.errors import InputError
-from jaxshape.filters import diffusion
+from jaxshape.filters import bilateral, cartoon, diffusion, median
 from jaxshape.systems import texture_suppression
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 8, 10, 3), np.uint8)
@@ -122,6 +122,35 @@ def test_gaussian_blur_is_scipys_of_a_drawn_width():
   peaks = got[:, 16, 16, 0]
   assert peak(2.0) - 1e-2 <= peaks.min() < peak(1.7)
   assert peak(1.3) < peaks.max() <= peak(1.0) + 1e-2
+
+
+FILTERS = {
+  "robust": lambda x: diffusion.robust(x, iterations=4),
+  "bilateral": lambda x: bilateral.bilateral(
+    x, diameter=5, sigma_color=50.0, sigma_space=3.0
+  ),
+  "median": lambda x: median.median(x, size=3),
+  "cartoon": lambda x: cartoon.cartoon(x, preset="strong"),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_other_filters_are_options(name):
+  marks = np.float32(np.arange(24) % 2)
+  got = _suppress(
+    filtered=marks,
+    policy="union",
+    filter=name,
+    iterations=(4, 4),
+    diameter=5,
+    sigma_color=(50.0, 50.0),
+    sigma_space=3.0,
+    size=3,
+    preset="strong",
+  )
+  want = np.array(FILTERS[name](np.float32(IMAGES)))
+  want[::2] = IMAGES[::2]
+  np.testing.assert_allclose(got, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["filtered", "probability"])
@@ -298,7 +327,7 @@ def test_any_width_of_the_blur_fits(width):
   ("name", "value", "message"),
   [
     ("policy", "both", "policy must be one of original, union.*'both'"),
-    ("filter", "median", "filter must be perona_malik or gaussian.*'median'"),
+    ("filter", "blur", "filter must be one of perona_malik, robust.*'blur'"),
     ("iterations", (4, 2), r"iterations must be a range.*\(4, 2\)"),
     ("iterations", (-1, 2), r"iterations must be a range.*\(-1, 2\)"),
     ("iterations", (2, 3, 4), r"iterations must be a range.*\(2, 3, 4\)"),
