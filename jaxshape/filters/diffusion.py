@@ -109,25 +109,30 @@ class _Plan(NamedTuple):
   """What each image of a batch is to get, [B] and an axis for each of its."""
 
   steps: Any  # Iterations.
-  kappa: jax.Array
+  slope: jax.Array  # 1 / kappa.
   gamma: jax.Array
 
 
-# A step in time of a batch, given kappa and gamma.
+# A step in time of a batch, given 1 / kappa and gamma.
 Step = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _ratio(d: jax.Array, slope: jax.Array) -> jax.Array:
+  """Gives d / kappa; 1 / kappa may be written out along rows (`_in_rows`)."""
+  return d * slope[..., max(0, slope.shape[-1] - d.shape[-1]) :]
 
 
 def _step(
   conduction: Conduction,
   channels: int,
   u: jax.Array,
-  kappa: jax.Array,
+  slope: jax.Array,
   gamma: jax.Array,
 ) -> jax.Array:
   """An explicit step: each flux is computed once, none crosses the border."""
 
   def flux(d: jax.Array) -> jax.Array:
-    r = d * (1 / kappa)
+    r = _ratio(d, slope)
     return d * conduction(r * r)
 
   down = flux(u[:, 1:] - u[:, :-1])
@@ -141,12 +146,12 @@ def _step(
 
 
 def _coupled_step(
-  conduction: Conduction, u: jax.Array, kappa: jax.Array, gamma: jax.Array
+  conduction: Conduction, u: jax.Array, slope: jax.Array, gamma: jax.Array
 ) -> jax.Array:
   """The same with planes [B, C, H, W] that share one conduction."""
 
   def flux(d: jax.Array) -> jax.Array:
-    r = d * (1 / kappa)
+    r = _ratio(d, slope)
     return d * conduction(jnp.sum(r * r, axis=1, keepdims=True))
 
   sides = [(0, 0), (0, 0)]
@@ -172,7 +177,7 @@ def _derivative(
 
 def _once(step: Step, u: jax.Array, plan: _Plan, t: ArrayLike) -> jax.Array:
   """Iteration t of the images that have some left."""
-  return jnp.where(t < plan.steps, step(u, plan.kappa, plan.gamma), u)
+  return jnp.where(t < plan.steps, step(u, plan.slope, plan.gamma), u)
 
 
 def _advance(
@@ -183,8 +188,20 @@ def _advance(
   return lax.fori_loop(start, stop, body, u)
 
 
+def _in_rows(u: jax.Array, plan: _Plan) -> _Plan:
+  """Writes 1 / kappa out along the rows.
+
+  With a number that the compiler does not know in its place, the loops over
+  pixels take more than twice the time on CPUs.
+  """
+  shape = (*plan.slope.shape[:-1], u.shape[-1])
+  slope = lax.optimization_barrier(jnp.broadcast_to(plan.slope, shape))
+  return plan._replace(slope=slope)
+
+
 def _forward(step: Step, u: jax.Array, plan: _Plan) -> jax.Array:
   """All iterations of a batch in one loop."""
+  plan = _in_rows(u, plan)
   return _advance(step, u, plan, 0, jnp.max(plan.steps))
 
 
@@ -206,11 +223,12 @@ def _forward_by_twos(step: Step, u: jax.Array, plan: _Plan) -> jax.Array:
 def _backward(
   step: Step, u: jax.Array, plan: _Plan, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The gradients of <v, result> by image, kappa and gamma.
+  """The gradients of <v, result> by image, 1 / kappa and gamma.
 
   Every `stride`-th state is stored, at most `_SLOTS` of them whatever the
   count, and those between are computed anew from the last one stored.
   """
+  plan = _in_rows(u, plan)
   axes = tuple(range(1, u.ndim))
   longest = jnp.max(plan.steps)
   stride = jnp.maximum(1, (longest + _SLOTS - 1) // _SLOTS)
@@ -233,11 +251,11 @@ def _backward(
     # Even without iterations this loop keeps the copy above out of the
     # arithmetic below, which could not be vectorised with it.
     u = _advance(step, u, plan, slot * stride, t)
-    at, one = (u, plan.kappa, plan.gamma), jnp.ones_like(plan.kappa)
+    at = u, plan.slope, plan.gamma
     # A step's Jacobian by u, 1 - gamma D^T g D, is its own transpose: forward
     # mode gives the adjoint, and as a stencil like that of the step.
     dv = _derivative(step, at, 0, v)
-    by_option = [_derivative(step, at, i, one) for i in (1, 2)]
+    by_option = [_derivative(step, at, i, jnp.ones_like(at[i])) for i in (1, 2)]
     on = t < plan.steps
     sums = [
       total + jnp.where(on, jnp.sum(v * d, axes, keepdims=True), 0)
@@ -245,7 +263,7 @@ def _backward(
     ]
     return jnp.where(on, dv, v), *sums
 
-  start = v, jnp.zeros_like(plan.kappa), jnp.zeros_like(plan.gamma)
+  start = v, jnp.zeros_like(plan.gamma), jnp.zeros_like(plan.gamma)
   return lax.fori_loop(0, longest, adjoint, start)
 
 
@@ -311,9 +329,9 @@ def _diffuse_bwd(
   u, plan = batch
   here = _form(_backward, _on_cpu(conduction), channels)
   elsewhere = _form(_backward, conduction, channels)
-  du, dk, dg = batches.run(here, elsewhere, u, plan, v)
+  du, ds, dg = batches.run(here, elsewhere, u, plan, v)
   none = np.zeros(plan.steps.shape, jax.dtypes.float0)
-  return du, _Plan(none, dk, dg)
+  return du, _Plan(none, ds, dg)
 
 
 _diffuse.defvjp(_diffuse_fwd, _diffuse_bwd)
@@ -339,7 +357,7 @@ def _perona_malik(
 
   plan = _Plan(
     per_image(iterations, jnp.int32),
-    per_image(kappa, jnp.float32),
+    1 / per_image(kappa, jnp.float32),
     per_image(step_size, jnp.float32),
   )
   u = images.as_float32(image).reshape(size, height, width * channels)

@@ -256,7 +256,7 @@ def _kernel(
 def diffuse_planes(
   planes: Float[Array, "n height width"],
   steps: Int[Array, " n"],
-  kappa: Float[Array, " n"],
+  slope: Float[Array, " n"],
   gamma: Float[Array, " n"],
   *,
   conduction: Conduction,
@@ -265,7 +265,7 @@ def diffuse_planes(
 ) -> Float[Array, "n height width"]:
   """Perona-Malik diffusion of planes, each by itself.
 
-  u <- u + gamma * sum of c((d / kappa)^2) * d over the differences d to the
+  u <- u + gamma * sum of c((d * slope)^2) * d over the differences d to the
   four neighbours, where no flux crosses the border; in float32.
 
   Has no derivative of its own, and is not divided among devices.
@@ -273,7 +273,7 @@ def diffuse_planes(
   Args:
     planes: Any that fit, in float32.
     steps: Iterations of each plane.
-    kappa: The difference that counts as an edge, for each plane.
+    slope: 1 / kappa, for each plane.
     gamma: The length of a step in time, for each plane.
     conduction: c as a function of the square, elementwise.
     interpret: Parameters of Pallas with which it simulates a GPU, for tests.
@@ -324,7 +324,7 @@ def diffuse_planes(
     interpret=interpret,
   )(
     steps.astype(jnp.int32),
-    1 / kappa.astype(jnp.float32),
+    slope.astype(jnp.float32),
     gamma.astype(jnp.float32),
     inner.astype(jnp.float32),
     wide.astype(jnp.float32).reshape(number, rows * row),

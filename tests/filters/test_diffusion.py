@@ -108,7 +108,7 @@ def test_perona_malik_in_groups_equals_medpy(monkeypatch):
 def test_the_form_for_accelerators_equals_medpy():
   images, counts = random_image(3, 12, 14, 3), np.array([7, 0, 20])
   plan = diffusion._Plan(
-    counts.reshape(3, 1, 1), np.full((3, 1, 1), 20.0), np.full((3, 1, 1), 0.1)
+    counts.reshape(3, 1, 1), np.full((3, 1, 1), 0.05), np.full((3, 1, 1), 0.1)
   )
   rows = jnp.asarray(images.reshape(3, 12, 14 * 3))
   step = diffusion._CONDUCTIONS["rational"]

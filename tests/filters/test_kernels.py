@@ -17,7 +17,7 @@ def simulate(planes, steps, kappa, gamma, conduction):
   got = kernels.diffuse_planes(
     jnp.asarray(planes),
     jnp.asarray(steps),
-    jnp.asarray(kappa, jnp.float32),
+    1 / jnp.asarray(kappa, jnp.float32),
     jnp.asarray(gamma, jnp.float32),
     conduction=conduction,
     interpret=params.InterpretGPUParams(detect_races=True),
@@ -136,7 +136,7 @@ def test_planes_that_do_not_fit_are_refused(size):
 
 def test_wrong_shapes_are_refused_by_name():
   planes, steps, number, _ = arguments(2, 8, 128)
-  with pytest.raises(TypeError, match="kappa"):
+  with pytest.raises(TypeError, match="slope"):
     jax.eval_shape(
       lambda *args: kernels.diffuse_planes(
         *args, conduction=diffusion._exponential
