@@ -1,12 +1,13 @@
 # make demo    trains, evaluates and compares the first system on generated data
 # make test    every test
 # make lint    ruff and pyright
-# make bench   claims over seeds (long)
+# make bench   filters against their peers (a quarter of an hour)
+# make claims  the claims of the first system over seeds (long)
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint bench requirements clean
+.PHONY: demo test lint bench claims requirements clean
 
 RUNS := runs/demo
 SMALL := configs/texture_suppression.py:small
@@ -24,7 +25,10 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/train
+bench: .venv/test
+	$(BIN)/python -m benchmarks.filters
+
+claims: .venv/train
 	$(BIN)/python -m benchmarks.claims texture_suppression
 
 .venv/train: requirements.txt pyproject.toml

@@ -8,7 +8,7 @@ Every variant of the paper is a value of `config.suppression`:
   MoCo's share, Sec. 4.1  --config.suppression.policy=probability
                           --config.suppression.iterations=10,20
   Table 4's filters       --config.suppression.filter=robust, gaussian,
-                          bilateral, median or cartoon
+                          bilateral, median, cartoon or stylized
   fine-tuning, Sec. 4     --config=...:small_finetune --config.init_from=runs/x
 
 Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:

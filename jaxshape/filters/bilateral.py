@@ -230,7 +230,7 @@ def _in_blocks(
 def _one_way(
   form: _Form, planes: jax.Array, scales: _Scales, over: Any
 ) -> jax.Array:
-  """Gives n and m of extended planes by sums alone: they fuse to one kernel."""
+  """Gives n and m of extended planes by sums alone."""
   r = form.radius
   height, width = (n - 2 * r for n in planes.shape[-2:])
   joint = form.guides != len(planes)
@@ -301,8 +301,16 @@ def _elsewhere(
   x: jax.Array,
   sigmas: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-  """Filters images [B, H, W, K] at once."""
-  over = _written_out if form.unrolled else _in_blocks
+  """Filters images [B, H, W, K] at once.
+
+  Without the barrier on the sums, a compiler for the H100 wrote the weights of
+  all offsets to memory; with it, one kernel gives all sums.
+  """
+  add = _written_out if form.unrolled else _in_blocks
+
+  def over(*args: Any) -> list[jax.Array]:
+    return list(lax.optimization_barrier(tuple(add(*args))))
+
   # The border is looked up once, and not for each offset.
   planes = lax.optimization_barrier(
     _extend(form, jnp.moveaxis(x, -1, 0), [-2, -1])

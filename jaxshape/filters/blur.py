@@ -88,23 +88,27 @@ def _blur_columns(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
   return out.reshape(x.shape)
 
 
-def _blur(x: jax.Array, taps: jax.Array, border: str) -> jax.Array:
-  """Blurs images [B, h, w, c] by the same taps, or by each one's [B, k]."""
-  both = lambda x, t: _blur_columns(_blur_rows(x, t, border), t, border)
-  if taps.ndim == 1:  # One matrix for the whole batch.
-    return batches.in_groups(lambda x: jax.vmap(both, (0, None))(x, taps), x)
-  return batches.in_groups(jax.vmap(both), x, taps)
-
-
 def _average(
   x: jax.Array, taps: jax.Array, border: str, *, even: bool
 ) -> jax.Array:
-  """Blurs images [B, h, w, c]; `even` if no window has room to spare."""
+  """Blurs images [B, h, w, c] by the same taps, or by each one's [B, k].
+
+  `even` says that no window has room to spare.
+  """
   radius = taps.shape[-1] - 1
   shifts = not any(_by_matrix(n, radius) for n in x.shape[1:3])
-  if even and shifts:
-    return _blur(x, taps, border)
-  return windows.through_wrong_numbers(lambda x: _blur(x, taps, border), x)
+  both = lambda x, t: _blur_columns(_blur_rows(x, t, border), t, border)
+
+  def blur(x: jax.Array, taps: jax.Array) -> jax.Array:
+    # Of taps that are shared, one matrix does for the whole batch.
+    each = jax.vmap(both, (0, 0 if taps.ndim > 1 else None))
+    if even and shifts:
+      return each(x, taps)
+    return windows.through_wrong_numbers(lambda x: each(x, taps), x)
+
+  if taps.ndim > 1:
+    return batches.in_groups(blur, x, taps)
+  return batches.in_groups(lambda x: blur(x, taps), x)
 
 
 @functools.partial(jax.jit, static_argnames=("radius", "even", "border"))

@@ -507,13 +507,15 @@ def _median(values: jax.Array) -> jax.Array:
 def _gradient_scale(image: jax.Array) -> jax.Array:
   *leading, height, width, channels = image.shape
   size = math.prod(leading)
+
+  def scale(u: jax.Array) -> jax.Array:
+    steps = [u[:, 1:] - u[:, :-1], u[..., channels:] - u[..., :-channels]]
+    d = jnp.concatenate([jnp.abs(a).reshape(len(u), -1) for a in steps], 1)
+    return 1.4826 * _median(d) if d.shape[1] else jnp.zeros(len(u))
+
   u = lax.stop_gradient(images.as_float32(image))
   u = u.reshape(size, height, width * channels)
-  steps = [u[:, 1:] - u[:, :-1], u[..., channels:] - u[..., :-channels]]
-  d = jnp.concatenate([jnp.abs(a).reshape(size, -1) for a in steps], axis=1)
-  if d.shape[1] == 0:
-    return jnp.zeros(leading)
-  return (1.4826 * _median(d)).reshape(leading)
+  return batches.in_groups(scale, u).reshape(leading)
 
 
 @typed

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
-from jaxshape.filters import blur, diffusion, windows
+from jaxshape.filters import batches, blur, diffusion, windows
 from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
 
 # Light, blue-yellow, red-green: all but uncorrelated in photographs, so that
@@ -234,6 +234,21 @@ def _retexture(base: jax.Array, style: jax.Array, scale: int) -> jax.Array:
   return laid[:, :height, :width]
 
 
+def _restyle(x: jax.Array, s: jax.Array, *, scale: int) -> jax.Array:
+  """Restyles images [B, H, W, C] by styles [B, h, w, C] in full."""
+  whole = (1, 2, 3)
+  low = jnp.minimum(x.min(whole, keepdims=True), s.min(whole, keepdims=True))
+  high = jnp.maximum(x.max(whole, keepdims=True), s.max(whole, keepdims=True))
+  opponents = _turn(s, _OPPONENTS)
+  base = _match(_flat(_turn(x, _OPPONENTS)), opponents, _CONTRAST)
+  detail = _retexture(base, opponents, scale)
+  soft = blur.gaussian(base, sigma=scale / 8)
+  outlines = _outlines(base, scale / 12)
+  out = soft + outlines * (base - soft) + (1 - outlines) * detail
+  out = _turn(_match(out, opponents, 1.0), _OPPONENTS.T)
+  return jnp.clip(out, low, high)
+
+
 @functools.partial(jax.jit, static_argnames=("scale",))
 def _match_statistics(
   image: Any, style: Any, strength: Any, *, scale: int
@@ -244,20 +259,7 @@ def _match_statistics(
   s = jnp.broadcast_to(
     images.as_float32(style), (*leading, *style.shape[-3:])
   ).reshape(size, *style.shape[-3:])
-  low = jnp.minimum(
-    x.min((1, 2, 3), keepdims=True), s.min((1, 2, 3), keepdims=True)
-  )
-  high = jnp.maximum(
-    x.max((1, 2, 3), keepdims=True), s.max((1, 2, 3), keepdims=True)
-  )
-  opponents = _turn(s, _OPPONENTS)
-  base = _match(_flat(_turn(x, _OPPONENTS)), opponents, _CONTRAST)
-  detail = _retexture(base, opponents, scale)
-  soft = blur.gaussian(base, sigma=scale / 8)
-  outlines = _outlines(base, scale / 12)
-  out = soft + outlines * (base - soft) + (1 - outlines) * detail
-  out = _turn(_match(out, opponents, 1.0), _OPPONENTS.T)
-  out = jnp.clip(out, low, high)
+  out = batches.in_groups(functools.partial(_restyle, scale=scale), x, s)
   each = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), leading)
   out = x + each.reshape(size, 1, 1, 1) * (out - x)
   return out.reshape(image.shape).astype(images.result_type(image))
