@@ -59,7 +59,8 @@ FILTERS: Mapping[str, tuple[Filter, tuple[float, float], str]] = {
     (0.2, 3.0),
     "sigma = {:.2f}",
   ),
-  "median": (lambda x, n: median.median(x, size=int(n)), (5, 5), "size {:.0f}"),
+  "median, 3 px": (lambda x, _: median.median(x, size=3), (3, 3), "size 3"),
+  "median, 5 px": (lambda x, _: median.median(x, size=5), (5, 5), "size 5"),
 }
 
 
