@@ -33,27 +33,54 @@ class Picture(Protocol):
     ...
 
 
-def read(image: Num[Any, "*batch height width channels"] | Picture) -> Any:
+def read(
+  image: Num[Any, "*batch height width channels"] | Picture,
+  *,
+  name: str = "image",
+) -> Any:
   """Gives the array behind an image.
 
   Args:
     image: An array, returned as it is; or a picture of PIL, which becomes RGB
       (grey is repeated, a palette looked up, transparency dropped).
+    name: The argument's, for errors.
 
   Returns:
     The array; uint8 [H, W, 3] for a picture.
 
   Raises:
-    InputError: The picture holds more than eight bits per channel.
+    InputError: The picture holds more than eight bits per channel, or numbers
+      are complex or too large for the type that JAX has for them.
   """
   if not isinstance(image, Picture):
+    _check_numbers(image, name)
     return image
   if image.mode not in _MODES:
     raise InputError(
-      f"image is a PIL image of mode {image.mode!r}, which RGB would clip; "
+      f"{name} is a PIL image of mode {image.mode!r}, which RGB would clip; "
       "give np.asarray(image)[..., None] instead."
     )
   return np.asarray(image.convert("RGB"))
+
+
+def _check_numbers(image: Any, name: str) -> None:
+  if jnp.issubdtype(image.dtype, jnp.complexfloating):
+    raise InputError(f"{name} must hold real numbers, got {image.dtype}.")
+  # JAX takes integers of 64 bits for ones of 32, unless told otherwise.
+  short = jax.dtypes.canonicalize_dtype(image.dtype)
+  if (
+    short == image.dtype
+    or not np.issubdtype(short, np.integer)
+    or not image.size
+  ):
+    return
+  limits = np.iinfo(short)
+  low, high = image.min(), image.max()
+  if low < limits.min or high > limits.max:
+    raise InputError(
+      f"{name} must be within {limits.min}..{limits.max}, as {short.name} is, "
+      f"got values in {low}..{high}; give floats."
+    )
 
 
 def example() -> UInt8[np.ndarray, "height width 3"]:
@@ -112,9 +139,12 @@ def warn_of_units(image: Any, name: str, value: np.ndarray | None) -> None:
     return
   if name in _warned or not jnp.issubdtype(image.dtype, jnp.floating):
     return
+  # One number mostly decides, and the others need not leave the device then.
+  first = concrete(image[(slice(1),) * image.ndim])
+  if first is None or first.size == 0 or not 0 <= first.flat[0] <= 1:
+    return
   known = concrete(image)
-  # One number mostly decides.
-  if known is None or known.size == 0 or not 0 <= known.flat[0] <= 1:
+  if known is None:
     return
   low, high = known.min(), known.max()
   if not (low >= 0 and high <= 1 and low < high):

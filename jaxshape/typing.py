@@ -16,6 +16,7 @@ from jaxtyping import (
   Bool,
   Float,
   Int,
+  Integer,
   Key,
   Num,
   UInt8,
@@ -32,15 +33,19 @@ __all__ = [
   "Float",
   "Image",
   "Int",
+  "Integer",
   "Key",
   "Metrics",
   "Num",
   "PyTree",
+  "Size",
   "UInt8",
   "typed",
 ]
 
 PyTree = Any
+# A number of pixels, or of anything else that is counted.
+Size = int | np.integer
 # An `ml_collections.ConfigDict`, whose fields hold anything.
 Config = Any
 Image = Num[ArrayLike, "*batch height width channels"]

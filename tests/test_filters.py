@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxshape.errors import InputError
 from jaxshape.filters import (
   bilateral,
   blur,
@@ -34,6 +35,7 @@ class Filter(NamedTuple):
   )
   within: bool = True  # Whether results stay between the image's extremes.
   channels: tuple[int, ...] = (1, 3)
+  keeps_uint8: bool = False
 
 
 def made(function, **options):
@@ -53,20 +55,21 @@ FILTERS = {
     made(diffusion.robust, iterations=2, scale=20.0), 2, border=False,
     diamond=True,
   ),
-  "bilateral": Filter(made(bilateral.bilateral, diameter=5), 2),
+  "bilateral": Filter(made(bilateral.bilateral, diameter=3), 1),
+  "bilateral wide": Filter(made(bilateral.bilateral, diameter=13), 6),
   "bilateral square": Filter(
     made(bilateral.bilateral, diameter=3, window="square", distance="l2"), 1
   ),
   "gaussian": Filter(made(blur.gaussian, sigma=0.7), 3),
-  "gaussian wide": Filter(made(blur.gaussian, sigma=9.0, radius=26), 26),
+  "gaussian wide": Filter(made(blur.gaussian, sigma=9.0, radius=25), 25),
   "box": Filter(made(blur.box, size=3), 1),
-  "median": Filter(made(median.median, size=3), 1),
-  "median wide": Filter(made(median.median, size=5), 2),
+  "median": Filter(made(median.median, size=3), 1, keeps_uint8=True),
+  "median wide": Filter(made(median.median, size=11), 5, keeps_uint8=True),
   "threshold": Filter(
     made(threshold.adaptive, block_size=3), 1, within=False
   ),
   "cartoon": Filter(
-    made(cartoon.cartoon, diameter=5, median_size=3, block_size=3), 2,
+    made(cartoon.cartoon, diameter=3, median_size=3, block_size=3), 2,
     border=False, within=False, channels=(3,),
   ),
 }  # fmt: skip
@@ -74,12 +77,14 @@ FILTERS = {
 EVERY = pytest.mark.parametrize("name", FILTERS)
 CHECK = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 SEEDS = strategies.integers(0, 2**32 - 1)
-SIZES = strategies.sampled_from([(1, 1), (1, 6), (5, 1), (3, 2), (12, 9)])
+SIZES = strategies.sampled_from([(1, 6), (5, 1), (3, 2), (12, 9)])
 
 
 @strategies.composite
 def images(draw, name, dtype=np.float32, sizes=SIZES):
   channels = draw(strategies.sampled_from(FILTERS[name].channels))
+  if "wide" in name:  # What compiles for long does so once.
+    sizes = strategies.just((12, 9))
   shape = (*draw(sizes), channels)
   rng = np.random.default_rng(draw(SEEDS))
   return rng.integers(0, 256, shape).astype(dtype)
@@ -88,8 +93,7 @@ def images(draw, name, dtype=np.float32, sizes=SIZES):
 def border_of(draw, name):
   if not FILTERS[name].border:
     return {}
-  borders = [b for b in windows.BORDERS if b != "constant"]
-  return {"border": draw(strategies.sampled_from(borders))}
+  return {"border": draw(strategies.sampled_from(windows.BORDERS))}
 
 
 def drawn(name, **options):
@@ -109,7 +113,7 @@ def drawn(name, **options):
 
 
 @EVERY
-def test_shape_and_type_are_those_of_the_image(name):
+def test_shape_type_and_range_are_those_of_the_image(name):
   @drawn(name)
   def check(f, image, data):
     leading = data.draw(strategies.sampled_from([(), (2,)]))
@@ -122,45 +126,57 @@ def test_shape_and_type_are_those_of_the_image(name):
     assert jnp.isfinite(got).all()
     whole = f(image.astype(np.uint8))
     assert whole.shape == image.shape
-    assert whole.dtype in (jnp.float32, jnp.uint8)
-
-  check()
-
-
-@EVERY
-def test_results_stay_between_the_extremes(name):
-  if not FILTERS[name].within:
-    pytest.skip("black lines and masks have values of their own")
-
-  @drawn(name)
-  def check(f, image, data):
-    got = np.asarray(f(image))
-    assert got.min() >= image.min() - 1e-3
-    assert got.max() <= image.max() + 1e-3
-    flat = np.full_like(image, image.flat[0])
+    keeps = FILTERS[name].keeps_uint8
+    assert whole.dtype == (jnp.uint8 if keeps else jnp.float32)
+    if not FILTERS[name].within or f.keywords.get("border") == "constant":
+      return  # Black lines, masks and zeros have values of their own.
+    whole = np.asarray(whole)
+    assert image.min() - 1e-3 <= whole.min()
+    assert whole.max() <= image.max() + 1e-3
+    flat = np.full_like(image, image.flat[0]).astype(np.uint8)
     np.testing.assert_allclose(f(flat), flat, rtol=1e-5)
 
   check()
 
 
 @EVERY
-def test_a_mirrored_image_gives_the_mirrored_result(name):
-  @drawn(name)
-  def check(f, image, data):
-    axis = data.draw(strategies.sampled_from([0, 1]))
-    got = f(np.flip(image, axis))
-    np.testing.assert_allclose(got, np.flip(f(image), axis), atol=2e-3)
-
-  check()
+def test_counting_in_64_bits_changes_nothing(name):
+  f = FILTERS[name].function
+  shape = (2, 6, 7, max(FILTERS[name].channels))
+  image = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
+  total = lambda x: (f(x) ** 2).sum()
+  want = f(image), jax.grad(total)(image)
+  with jax.enable_x64(True):
+    got = f(image), jax.grad(total)(image)
+    assert f(image.astype(np.float64)).dtype == jnp.float64
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
 
 
 @EVERY
-def test_a_turned_image_gives_the_turned_result(name):
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (4, 0)])
+def test_nothing_gives_nothing(name, shape):
+  image = np.zeros((*shape, 3), np.float32)
+  assert FILTERS[name].function(image).shape == image.shape
+
+
+@EVERY
+def test_integers_that_do_not_fit_are_refused(name):
+  image = np.full((4, 5, 3), 2**33)
+  with pytest.raises(InputError, match=f"image must be within.*{2**33}"):
+    FILTERS[name].function(image)
+  with pytest.raises(InputError, match="image must hold real numbers"):
+    FILTERS[name].function(1j * image)
+
+
+@EVERY
+def test_a_mirrored_or_turned_image_gives_the_same_result_so(name):
   @drawn(name)
   def check(f, image, data):
     del data
-    got = f(image.swapaxes(0, 1))
-    np.testing.assert_allclose(got, f(image).swapaxes(0, 1), atol=2e-3)
+    want = np.asarray(f(image))
+    for turn in (lambda x: np.flip(x, (0, 1)), lambda x: x.swapaxes(0, 1)):
+      np.testing.assert_allclose(f(turn(image)), turn(want), atol=2e-3)
 
   check()
 
@@ -172,10 +188,10 @@ def test_images_of_a_batch_do_not_meet(name):
     other = np.random.default_rng(data.draw(SEEDS)).permutation(
       image.ravel()
     ).reshape(image.shape)  # fmt: skip
-    got = f(np.stack([image, other]))
+    both = np.stack([image, other])
+    got = f(both)
     np.testing.assert_allclose(got[0], f(image), atol=2e-3)
-    mapped = jax.vmap(f)(np.stack([image, other]))
-    np.testing.assert_allclose(mapped, got, atol=2e-3)
+    np.testing.assert_allclose(jax.vmap(f)(both), got, atol=2e-3)
 
   check()
 
@@ -193,8 +209,7 @@ def test_wrong_numbers_stay_and_go_no_further_than_the_filter_reaches(name):
     bad[at[0], at[1]] = wrong
     got = np.asarray(f(bad))
     if np.isnan(wrong) or "median" not in name:
-      outvoted = name in ("threshold", "cartoon")
-      assert outvoted or not np.isfinite(got[at[0], at[1]]).any()
+      assert not np.isfinite(got[at[0], at[1]]).any()
     # What a border mirrors or repeats is near the border on the other side.
     if f.keywords.get("border") == "wrap":
       return
@@ -202,9 +217,6 @@ def test_wrong_numbers_stay_and_go_no_further_than_the_filter_reaches(name):
     dy, dx = np.abs(y - at[0]), np.abs(x - at[1])
     away = dy + dx if known.diamond else np.maximum(dy, dx)
     far = away > known.reach
-    if name == "cartoon":
-      # The mask looks at a mean of medians.
-      far = away > 2
     np.testing.assert_allclose(got[far], np.asarray(f(image))[far], atol=2e-3)
 
   check()

@@ -81,7 +81,7 @@ def _tiny(**changes):
     ("mean", (1.0, 2.0), "must be three numbers each, std above 0, got (1.0,"),
     ("std", (0.0, 0.0, 0.0), "three numbers each, std above 0"),
     ("suppression.policy", "x", "policy must be one of original, union"),
-    ("suppression.filter", "x", "filter must be perona_malik or gaussian"),
+    ("suppression.filter", "x", "filter must be one of perona_malik"),
     ("suppression.iterations", (5, 2), "a range (low, high) from 0 up, got (5"),
     ("suppression.iterations", (5,), "range (low, high) from 0 up, got (5,)"),
     ("suppression.sigma", (-1.0, 2.0), "suppression.sigma must be a range"),

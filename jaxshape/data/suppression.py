@@ -12,6 +12,7 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 import types
 from typing import Any
 
@@ -28,10 +29,11 @@ from jaxshape.filters import (
   median,
   stylization,
 )
-from jaxshape.typing import Array, ArrayLike, Float, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Num, Size, typed
 from jaxshape.typing import Key as KeyOf
 
 Key = KeyOf[Array, ""]
+Range = float | int | Sequence[Any] | np.ndarray | np.generic
 
 # What the paper filters how often and how strongly, as options of
 # `random_suppression`. One half of each is a union in expectation.
@@ -91,42 +93,45 @@ def _shares(
   return chosen
 
 
-def _check_range(name: str, values: Sequence[Any], *, zero: bool) -> None:
-  fits = len(values) == 2 and 0 <= values[0] <= values[1]
-  if not fits or (values[0] == 0 and not zero):
+def _range(name: str, given: Range, *, zero: bool) -> tuple[Any, Any]:
+  """Least and largest; one number is both."""
+  values = np.ravel(given).tolist()
+  low, high = values * 2 if len(values) == 1 else (*values, math.nan)[:2]
+  fits = len(values) <= 2 and 0 <= low <= high < math.inf
+  if not fits or (low == 0 and not zero):
     sign = "<=" if zero else "<"
     raise ValueError(
-      f"{name} must be (low, high) with 0 {sign} low <= high, got "
-      f"{tuple(values)}."
+      f"{name} must be (low, high) with 0 {sign} low <= high, got {given}."
     )
+  return low, high
 
 
 def _neighbours(x: jax.Array) -> jax.Array:
   """Another image of the batch for each."""
-  if x.ndim == 3:
+  flat = x.reshape(-1, *x.shape[-3:])
+  if len(flat) == 1:
     raise ValueError(
       "style must be given for an image that is alone (under vmap each is), "
       "got None."
     )
-  flat = x.reshape(-1, *x.shape[-3:])
   return jnp.roll(flat, 1, axis=0).reshape(x.shape)
 
 
 @typed
 def random_suppression(
   key: Key,
-  image: Num[ArrayLike, "*batch height width 3"],
+  image: Num[ArrayLike, "*batch height width 3"] | images.Picture,
   *,
   probabilities: Mapping[str, Any] = POLICIES["moco"]["probabilities"],
-  iterations: Sequence[int] = (10, 20),
+  iterations: Range = (10, 20),
   kappa: Num[ArrayLike, "*#batch"] = 20.0,
   step_size: Num[ArrayLike, "*#batch"] = 0.1,
   conduction: str = "exponential",
-  sigma: Sequence[float | int] = (0.1, 2.0),
-  diameter: int = 9,
-  sigma_color: Sequence[float | int] = (75.0, 75.0),
+  sigma: Range = (0.1, 2.0),
+  diameter: Size = 9,
+  sigma_color: Range = 75.0,
   sigma_space: Num[ArrayLike, "*#batch"] = 75.0,
-  size: int = 5,
+  size: Size = 5,
   preset: str = "classic",
   style: Num[ArrayLike, "*#batch style_height style_width 3"] | None = None,
 ) -> Float[Array, "*batch height width 3"]:
@@ -139,11 +144,12 @@ def random_suppression(
   Args:
     key: A PRNG key. A batch draws from one key; under `jax.vmap` each image
       draws from its own.
-    image: Values in 0..255.
+    image: Values in 0..255, taken as floats: nothing is rounded on the way.
     probabilities: From names in `FILTERS` to probabilities, which may differ
       between images (arrays that broadcast to the leading axes); what is left
       of 1 stays as it is.
-    iterations: Least and largest number, of "perona_malik" and "robust".
+    iterations: Least and largest number, of "perona_malik" and "robust"; here
+      and below one number stands for both.
     kappa: Of "perona_malik".
     step_size: Of "perona_malik" and "robust".
     conduction: Of "perona_malik".
@@ -166,20 +172,18 @@ def random_suppression(
     Mishra et al., "Learning Visual Representations for Transfer Learning by
     Suppressing Texture", 2020, Sections 3, 4.1 and 10.2.
   """
-  _check_range("iterations", iterations, zero=True)
-  _check_range("sigma", sigma, zero=True)
-  _check_range("sigma_color", sigma_color, zero=False)
-  x = jnp.asarray(image, jnp.float32)
+  fewest, most = _range("iterations", iterations, zero=True)
+  sigmas = _range("sigma", sigma, zero=True)
+  colors = _range("sigma_color", sigma_color, zero=False)
+  x = images.as_float32(images.read(image))
   leading = x.shape[:-3]
   chosen_key, strength_key = jax.random.split(key)
 
-  def uniform(values: Sequence[float | int]) -> jax.Array:
-    low, high = values
+  def uniform(low: float, high: float) -> jax.Array:
     return jax.random.uniform(strength_key, leading, minval=low, maxval=high)
 
   def count(chosen: jax.Array) -> jax.Array:
-    low, high = iterations
-    drawn = jax.random.randint(strength_key, leading, low, high + 1)
+    drawn = jax.random.randint(strength_key, leading, fewest, most + 1)
     return jnp.where(chosen, drawn, 0)  # None cost nothing on CPUs.
 
   def styled() -> jax.Array:
@@ -199,13 +203,13 @@ def random_suppression(
     ),
     "gaussian": lambda _: blur.gaussian(
       x,
-      sigma=jnp.maximum(uniform(sigma), 1e-6),
-      radius=round(4 * sigma[1]),
+      sigma=jnp.maximum(uniform(*sigmas), 1e-6),
+      radius=round(4 * sigmas[1]),
     ),
     "bilateral": lambda _: bilateral.bilateral(
       x,
       diameter=diameter,
-      sigma_color=uniform(sigma_color),
+      sigma_color=uniform(*colors),
       sigma_space=sigma_space,
     ),
     "median": lambda _: median.median(x, size=size),

@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxshape import images
 from jaxshape.filters import batches, windows
-from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Image, Num, Size, typed
 
 # Windows of up to this many pixels are written out; beyond, compiling would
 # take longer than filtering.
@@ -210,7 +210,10 @@ def _in_blocks(
     size = height, width + length - 1
     return [
       lax.dynamic_slice(
-        a, (*(0,) * (a.ndim - 2), *starts[i]), (*a.shape[:-2], *size)
+        a,
+        # Of one type, also where JAX counts in 64 bits.
+        (*(np.int32(0),) * (a.ndim - 2), *starts[i]),
+        (*a.shape[:-2], *size),
       )
       for a in fields
     ]
@@ -421,8 +424,11 @@ def _average(
     images.as_float32(a).reshape(size, height, width, a.shape[-1])
     for a in parts
   ]
+  # Smaller ones do the same, but their powers have no inverse.
   sigmas = tuple(
-    jnp.broadcast_to(jnp.asarray(a, jnp.float32), leading).reshape(size)
+    jnp.broadcast_to(
+      jnp.maximum(jnp.asarray(a, jnp.float32), 1e-12), leading
+    ).reshape(size)
     for a in (sigma_color, sigma_space)
   )
   x = parts[0] if guide is None else jnp.concatenate(parts, -1)
@@ -434,7 +440,7 @@ def _checked(
   image: Any,
   guide: Any,
   *,
-  diameter: int,
+  diameter: Any,
   sigma_color: Any,
   sigma_space: Any,
   window: str,
@@ -447,7 +453,7 @@ def _checked(
       f"diameter must be odd and at least 1, got {diameter}; what OpenCV takes "
       "for 0 is 2 * round(1.5 * sigma_space) + 1."
     )
-  windows.check_odd("diameter", diameter)
+  diameter = windows.odd("diameter", diameter)
   known = images.concrete(sigma_color)
   if known is not None and not (known > 0).all():
     raise ValueError(f"sigma_color must be above 0, got {sigma_color}.")
@@ -477,7 +483,7 @@ def _checked(
 def bilateral(
   image: Image | images.Picture,
   *,
-  diameter: int = 9,
+  diameter: Size = 9,
   sigma_color: Num[ArrayLike, "*#batch"] = 75.0,
   sigma_space: Num[ArrayLike, "*#batch"] = 75.0,
   window: str = "disc",
@@ -490,9 +496,9 @@ def bilateral(
   W = exp(-s^2 / 2 sigma_color^2) exp(-|o|^2 / 2 sigma_space^2), where s is the
   distance of the colours x(p) and x(p + o): all channels have one weight.
 
-  Equal to `cv2.bilateralFilter` with the same numbers (its float32 result;
-  uint8 there is the same, rounded) and, with window "square", to
-  `kornia.filters.bilateral_blur`. scikit-image's filter is another one: it
+  Equal to `cv2.bilateralFilter` with the same numbers, from diameter 3 on (its
+  float32 result; uint8 there is the same, rounded) and, with window "square",
+  to `kornia.filters.bilateral_blur`. scikit-image's filter is another one: it
   divides the distance by the number of channels.
 
   Computed in float32, whatever the type. What is NaN or infinite spoils the
@@ -551,9 +557,9 @@ def bilateral(
 @typed
 def joint(
   image: Image | images.Picture,
-  guide: Num[ArrayLike, "*batch height width guides"] | images.Picture,
+  guide: Num[ArrayLike, "*#batch height width guides"] | images.Picture,
   *,
-  diameter: int = 9,
+  diameter: Size = 9,
   sigma_color: Num[ArrayLike, "*#batch"] = 75.0,
   sigma_space: Num[ArrayLike, "*#batch"] = 75.0,
   window: str = "disc",
@@ -572,7 +578,8 @@ def joint(
 
   Args:
     image: In any unit; it may have other channels than the guide.
-    guide: Of the same height and width, one for each image.
+    guide: Of the same height and width, one for each image or for several
+      (leading axes broadcast).
     diameter: As in `bilateral`.
     sigma_color: In the guide's units, else as in `bilateral`.
     sigma_space: As in `bilateral`.
@@ -593,12 +600,17 @@ def joint(
     Petschnigg et al., "Digital Photography with Flash and No-Flash Image
     Pairs", ACM Trans. Graphics 2004, Eq. 3.
   """
-  values, others = images.read(image), images.read(guide)
-  if values.shape[:-1] != others.shape[:-1]:
+  values, others = images.read(image), images.read(guide, name="guide")
+  if values.shape[-3:-1] != others.shape[-3:-1]:
     raise ValueError(
-      f"guide must be of the image's size {values.shape[:-1]}, got "
-      f"{others.shape[:-1]}."
+      f"guide must be of the image's size {values.shape[-3:-1]}, got "
+      f"{others.shape[-3:-1]}."
     )
+  if others.shape[-1] == 0:
+    raise ValueError(f"guide must have channels, got {others.shape}.")
+  if others.shape[:-1] != values.shape[:-1]:
+    shape = (*values.shape[:-1], others.shape[-1])
+    others = jnp.broadcast_to(others, shape)
   images.warn_of_units(others, "sigma_color", images.concrete(sigma_color))
   return _checked(
     values,

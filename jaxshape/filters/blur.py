@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxshape import images
 from jaxshape.filters import batches, windows
-from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Image, Num, Size, typed
 
 
 def _weights(sigma: jax.Array, reach: jax.Array, *, radius: int) -> jax.Array:
@@ -151,8 +151,8 @@ def gaussian(
   image: Image | images.Picture,
   *,
   sigma: Num[ArrayLike, "*#batch"],
-  radius: int | None = None,
-  truncate: float = 4.0,
+  radius: Size | None = None,
+  truncate: float | int = 4.0,
   border: str = "reflect",
 ) -> Float[Array, "*batch height width channels"]:
   """Blurs with a Gaussian.
@@ -169,7 +169,8 @@ def gaussian(
     image: In any unit; pictures of PIL are taken as 0..255.
     sigma: In pixels, above 0. In an array that broadcasts to the leading axes
       there may be zeros, which leave their images as they are. May be traced,
-      then `radius` has to be given, and values are not checked.
+      then `radius` has to be given, and values are not checked. Each radius
+      compiles anew, so give one where many sigmas are to come.
     radius: The window reaches this far; without it, as far as
       `truncate * sigma`, rounded, for each image by itself.
     truncate: Unused if `radius` is given.
@@ -188,8 +189,8 @@ def gaussian(
   """
   values = images.read(image)
   windows.check_border(border)
-  if not truncate > 0:
-    raise ValueError(f"truncate must be above 0, got {truncate}.")
+  if not 0 < truncate < math.inf:
+    raise ValueError(f"truncate must be above 0 and finite, got {truncate}.")
   if radius is not None and radius < 0:
     raise ValueError(f"radius must be at least 0, got {radius}.")
   known = images.concrete(sigma)
@@ -202,6 +203,7 @@ def gaussian(
   if values.size == 0:
     return jnp.asarray(values, images.result_type(values))
   if radius is not None:
+    radius = int(radius)
     reach: Any = radius
   else:
     reach = np.floor(truncate * np.asarray(known) + 0.5).astype(np.int32)
@@ -214,7 +216,7 @@ def gaussian(
 
 @typed
 def box(
-  image: Image | images.Picture, *, size: int, border: str = "reflect"
+  image: Image | images.Picture, *, size: Size, border: str = "reflect"
 ) -> Float[Array, "*batch height width channels"]:
   """Averages over a square: `cv2.blur`, `scipy.ndimage.uniform_filter`.
 
@@ -238,7 +240,7 @@ def box(
   """
   values = images.read(image)
   windows.check_border(border)
-  windows.check_odd("size", size)
+  side = windows.odd("size", size)
   if values.size == 0:
     return jnp.asarray(values, images.result_type(values))
-  return _box(values, radius=size // 2, border=border)
+  return _box(values, radius=side // 2, border=border)

@@ -20,7 +20,7 @@ from jaxshape.filters import (
   threshold,
   windows,
 )
-from jaxshape.typing import Array, ArrayLike, Float, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Num, Size, typed
 
 
 class _Sizes(NamedTuple):
@@ -104,13 +104,13 @@ def cartoon(
   image: Num[ArrayLike, "*batch height width 3"] | images.Picture,
   *,
   preset: str = "classic",
-  diameter: int | None = None,
+  diameter: Size | None = None,
   sigma_color: Num[ArrayLike, "*#batch"] | None = None,
   sigma_space: Num[ArrayLike, "*#batch"] | None = None,
-  repeats: int | None = None,
-  levels: int | None = None,
-  median_size: int | None = None,
-  block_size: int | None = None,
+  repeats: Size | None = None,
+  levels: Size | None = None,
+  median_size: Size | None = None,
+  block_size: Size | None = None,
   offset: Num[ArrayLike, "*#batch"] | None = None,
 ) -> Float[Array, "*batch height width 3"]:
   """Flattens colours by a bilateral filter and draws edges in black.
@@ -178,7 +178,9 @@ def cartoon(
     "median_size": median_size,
     "block_size": block_size,
   }
-  sizes = sizes._replace(**{k: v for k, v in given.items() if v is not None})
+  sizes = sizes._replace(
+    **{k: int(v) for k, v in given.items() if v is not None}
+  )
   given = {
     "sigma_color": sigma_color,
     "sigma_space": sigma_space,
@@ -191,7 +193,7 @@ def cartoon(
     count = getattr(sizes, name)
     if count < 0:
       raise ValueError(f"{name} must be at least 0, got {count}.")
-  windows.check_odd("median_size", sizes.median_size)
+  windows.odd("median_size", sizes.median_size)
   for name, value in strengths._asdict().items():
     known = images.concrete(value)
     if known is None:

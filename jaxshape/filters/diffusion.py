@@ -25,7 +25,7 @@ from jaxshape.typing import (
   ArrayLike,
   Float,
   Image,
-  Int,
+  Integer,
   Num,
   typed,
 )
@@ -357,7 +357,7 @@ def _perona_malik(
 
   plan = _Plan(
     per_image(iterations, jnp.int32),
-    1 / per_image(kappa, jnp.float32),
+    1 / jnp.maximum(per_image(kappa, jnp.float32), 1e-15),
     per_image(step_size, jnp.float32),
   )
   u = images.as_float32(image).reshape(size, height, width * channels)
@@ -376,7 +376,7 @@ def perona_malik(
   *,
   kappa: Num[ArrayLike, "*#batch"] = 20.0,
   step_size: Num[ArrayLike, "*#batch"] = 0.1,
-  iterations: Int[ArrayLike, "*#batch"] = 20,
+  iterations: Integer[ArrayLike, "*#batch"] = 20,
   conduction: str | Conduction = "exponential",
   coupled: bool = False,
 ) -> Float[Array, "*batch height width channels"]:
@@ -467,8 +467,8 @@ def perona_malik(
       f"step_size must be above 0 and at most 0.25, got {step_size}."
     )
   known = images.concrete(iterations)
-  if known is not None and not (known >= 0).all():
-    raise ValueError(f"iterations must be at least 0, got {iterations}.")
+  if known is not None and not ((known >= 0) & (known < 2**31)).all():
+    raise ValueError(f"iterations must be in 0..2^31 - 1, got {iterations}.")
   if values.size == 0:
     return jnp.asarray(values, images.result_type(values))
   return _perona_malik(
@@ -482,25 +482,30 @@ def perona_malik(
 
 
 def _median(values: jax.Array) -> jax.Array:
-  """The median of each row of [B, n], all values at least 0.
+  """The median of what is finite in each row of [B, n], of values from 0 up.
 
   Such floats are ordered as their bits are. Each pass over them finds one bit
   of the answer; a sort takes ten times longer.
   """
-  bits = lax.bitcast_convert_type(values, jnp.int32)
-  rank, far = (bits.shape[1] - 1) // 2, bits.shape[1] // 2
+  finite = jnp.isfinite(values)
+  last = np.int32(2**31 - 1)
+  bits = jnp.where(finite, lax.bitcast_convert_type(values, jnp.int32), last)
   count = lambda hit: jnp.sum(hit, axis=1, keepdims=True, dtype=jnp.int32)
+
+  number = count(finite)
+  rank, far = (number - 1) // 2, number // 2
 
   def refine(i: jax.Array, low: jax.Array) -> jax.Array:
     guess = low | (1 << (30 - i))
     return jnp.where(count(bits < guess) <= rank, guess, low)
 
   low = lax.fori_loop(0, 31, refine, jnp.zeros((len(bits), 1), jnp.int32))
-  above = jnp.where(bits > low, bits, np.int32(2**31 - 1)).min(1, keepdims=True)
+  above = jnp.where(bits > low, bits, last).min(1, keepdims=True)
   # Of an even number, the mean of the two in the middle.
   high = jnp.where(count(bits <= low) > far, low, above)
   as_float = lambda a: lax.bitcast_convert_type(a, jnp.float32)
-  return 0.5 * (as_float(low) + as_float(high))[:, 0]
+  middle = 0.5 * (as_float(low) + as_float(high))
+  return jnp.where(number > 0, middle, 0)[:, 0]
 
 
 @jax.jit
@@ -528,7 +533,9 @@ def gradient_scale(
   image, in all channels: the median absolute deviation (each pair seen from
   both sides has d and -d, so the median of d is 0), scaled to be the standard
   deviation of a normal distribution. Edges, being few, do not move it. 0 for
-  an image that is flat for more than half. It takes no part in gradients.
+  an image that is flat for more than half. What is NaN or infinite does not
+  count. It takes no part in gradients, and takes several times as long as an
+  iteration of diffusion.
 
   Args:
     image: In any unit.
@@ -552,7 +559,7 @@ def robust(
   *,
   scale: Num[ArrayLike, "*#batch"] | None = None,
   step_size: Num[ArrayLike, "*#batch"] = 0.1,
-  iterations: Int[ArrayLike, "*#batch"] = 20,
+  iterations: Integer[ArrayLike, "*#batch"] = 20,
   coupled: bool = False,
 ) -> Float[Array, "*batch height width channels"]:
   """Smooths what the image itself shows to be texture, and nothing beyond.

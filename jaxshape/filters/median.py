@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxshape import images
 from jaxshape.filters import batches, windows
-from jaxshape.typing import Array, Image, Num, typed
+from jaxshape.typing import Array, Image, Num, Size, typed
 
 Wires = list[int]
 Comparators = list[tuple[int, int]]
@@ -331,7 +331,7 @@ def _median(image: jax.Array, *, size: int, border: str) -> jax.Array:
 
 @typed
 def median(
-  image: Image | images.Picture, *, size: int = 5, border: str = "edge"
+  image: Image | images.Picture, *, size: Size = 5, border: str = "edge"
 ) -> Num[Array, "*batch height width channels"]:
   """Takes the median of a window around each pixel, each channel by itself.
 
@@ -371,7 +371,7 @@ def median(
   """
   values = images.read(image)
   windows.check_border(border)
-  windows.check_odd("size", size)
-  if values.size == 0 or size == 1:
+  side = windows.odd("size", size)
+  if values.size == 0 or side == 1:
     return jnp.asarray(values)
-  return _median(values, size=size, border=border)
+  return _median(values, size=side, border=border)

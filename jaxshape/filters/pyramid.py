@@ -4,7 +4,7 @@ Notation: w = (1, 4, 6, 4, 1) / 16 along rows and columns, i and j places in
 the smaller and the larger image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxshape import images
 from jaxshape.filters import batches, windows
-from jaxshape.typing import Array, Float, Image, typed
+from jaxshape.typing import Array, Float, Image, Size, typed
 
 
 def _whole(x: jax.Array, image: jax.Array) -> jax.Array:
@@ -104,6 +104,10 @@ def down(
   """
   values = images.read(image)
   windows.check_border(border)
+  if values.size == 0:
+    half = [(n + 1) // 2 for n in values.shape[-3:-1]]
+    shape = (*values.shape[:-3], *half, values.shape[-1])
+    return jnp.zeros(shape, images.result_type(values))
   return _down(values, border=border)
 
 
@@ -111,7 +115,7 @@ def down(
 def up(
   image: Image | images.Picture,
   *,
-  size: tuple[int, int] | None = None,
+  size: Sequence[Size] | None = None,
   border: str = "reflect",
 ) -> Float[Array, "*batch up_height up_width channels"]:
   """Enlarges an image to twice its size, smoothly.
@@ -145,6 +149,12 @@ def up(
   whole = tuple(2 * n for n in values.shape[-3:-1])
   if size is None:
     size = whole
-  elif any(n not in (m, m - 1) for n, m in zip(size, whole, strict=True)):
+  elif len(size) != 2 or any(
+    n not in (m, m - 1) for n, m in zip(size, whole, strict=True)
+  ):
     raise ValueError(f"size must be {whole} or one less, got {size}.")
-  return _up(values, size=size, border=border)
+  height, width = (int(n) for n in size)
+  if values.size == 0:
+    shape = (*values.shape[:-3], height, width, values.shape[-1])
+    return jnp.zeros(shape, images.result_type(values))
+  return _up(values, size=(height, width), border=border)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxshape import images
 from jaxshape.filters import batches, blur, diffusion, windows
-from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Image, Num, Size, typed
 
 # Light, blue-yellow, red-green: all but uncorrelated in photographs, so that
 # matching each by itself matches colours, not channels.
@@ -67,13 +67,19 @@ def _check_share(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be within 0..1, got {value}.")
 
 
+def _check_not_empty(style: Any) -> None:
+  if 0 in style.shape[-3:]:
+    raise ValueError(f"style must be of at least one pixel, got {style.shape}.")
+
+
 @typed
 def adain(
-  content: Num[ArrayLike, "*batch height width channels"],
-  style: Num[ArrayLike, "*#batch style_height style_width channels"],
+  content: Image | images.Picture,
+  style: Num[ArrayLike, "*#batch style_height style_width channels"]
+  | images.Picture,
   *,
   alpha: Num[ArrayLike, "*#batch"] = 1.0,
-  epsilon: float = 1e-5,
+  epsilon: float | int = 1e-5,
 ) -> Float[Array, "*batch height width channels"]:
   """Gives features the mean and standard deviation of other features.
 
@@ -111,7 +117,9 @@ def adain(
   _check_share("alpha", alpha)
   if not epsilon > 0:
     raise ValueError(f"epsilon must be above 0, got {epsilon}.")
-  content, style = images.read(content), images.read(style)
+  content = images.read(content, name="content")
+  style = images.read(style, name="style")
+  _check_not_empty(style)
   dtype = images.result_type(content)
   return _adain(content, style, alpha, epsilon, dtype=dtype)
 
@@ -272,7 +280,7 @@ def match_statistics(
   | images.Picture,
   *,
   strength: Num[ArrayLike, "*#batch"] = 1.0,
-  scale: int | None = None,
+  scale: Size | None = None,
 ) -> Float[Array, "*batch height width channels"]:
   """Restyles an image with no learned weights: other texture, same outlines.
 
@@ -289,8 +297,9 @@ def match_statistics(
 
   Matched are light, blue-yellow and red-green, each by itself, so that greys
   stay grey in a grey style. Constant styles leave next to nothing. No random
-  numbers: equal inputs give equal results. Gradients flow to image, style and
-  strength; which patch goes where is taken as fixed, and changes in jumps.
+  numbers: equal inputs give equal results. Gradients flow, in reverse mode, to
+  image, style and strength; which patch goes where is taken as fixed, and
+  changes in jumps.
 
   A value that is NaN or infinite, in image or style, makes the whole result
   NaN or infinite, as statistics are of the whole; other images of a batch do
@@ -331,7 +340,7 @@ def match_statistics(
     1995) was tried with an earlier form and made next to no difference, to
     texture or outlines: patches bring these statistics along.
   """
-  values, texture = images.read(image), images.read(style)
+  values, texture = images.read(image), images.read(style, name="style")
   _check_share("strength", strength)
   height, width, channels = values.shape[-3:]
   if channels not in (1, 3) or texture.shape[-1] != channels:
@@ -343,10 +352,7 @@ def match_statistics(
     scale = min(64, max(4, round(min(height, width) / 7)))
   if scale < 4:
     raise ValueError(f"scale must be at least 4, got {scale}.")
-  if 0 in texture.shape[-3:]:
-    raise ValueError(
-      f"style must be of at least one pixel, got {texture.shape}."
-    )
+  _check_not_empty(texture)
   if values.size == 0:
     return jnp.asarray(values, images.result_type(values))
-  return _match_statistics(values, texture, strength, scale=scale)
+  return _match_statistics(values, texture, strength, scale=int(scale))

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxshape import images
 from jaxshape.filters import windows
-from jaxshape.typing import Array, ArrayLike, Float, Image, Num, typed
+from jaxshape.typing import Array, ArrayLike, Float, Image, Num, Size, typed
 
 _METHODS = ("mean", "gaussian")
 
@@ -119,7 +119,7 @@ def _adaptive(
 def adaptive(
   image: Image | images.Picture,
   *,
-  block_size: int = 9,
+  block_size: Size = 9,
   offset: Num[ArrayLike, "*#batch"] = 9.0,
   method: str = "mean",
   max_value: Num[ArrayLike, "*#batch"] = 255.0,
@@ -143,7 +143,7 @@ def adaptive(
 
   Args:
     image: In any unit; uint8 arrays and pictures of PIL are taken as 0..255.
-    block_size: The window's side in pixels, odd and above 1.
+    block_size: The window's side in pixels, odd and at least 3.
     offset: What to take from the mean, in the image's units; OpenCV's C.
     method: "mean" weighs all pixels of the window alike, "gaussian" those near
       its middle more.
@@ -165,13 +165,13 @@ def adaptive(
     difference in place of the factors.
   """
   values = images.read(image)
-  if block_size < 3 or block_size % 2 == 0:
-    raise ValueError(f"block_size must be odd and above 1, got {block_size}.")
+  side = windows.odd("block_size", block_size, least=3)
   if method not in _METHODS:
     raise ValueError(
       f"method must be one of {', '.join(_METHODS)}, got {method!r}."
     )
   windows.check_border(border)
+  images.warn_of_units(values, "offset", images.concrete(offset))
   for name, value in (("offset", offset), ("max_value", max_value)):
     known = images.concrete(value)
     if known is not None and not np.isfinite(known).all():
@@ -182,7 +182,7 @@ def adaptive(
     values,
     offset,
     max_value,
-    size=block_size,
+    size=side,
     method=method,
     invert=invert,
     border=border,

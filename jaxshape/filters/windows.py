@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.typing import Array, Float, Int, Num, typed
+from jaxshape.typing import Array, Float, Int, Num, Size, typed
 
 BORDERS = ("reflect", "symmetric", "edge", "constant", "wrap")
 
@@ -62,18 +62,23 @@ def check_border(border: str) -> None:
 
 
 @typed
-def check_odd(name: str, value: int) -> None:
-  """Refuses a window without a middle.
+def odd(name: str, value: Size, *, least: int = 1) -> int:
+  """Gives the side of a window that has a middle.
 
   Args:
     name: The option's.
     value: The window's side in pixels.
+    least: What it must be at least.
+
+  Returns:
+    The side, as a number of Python.
 
   Raises:
-    ValueError: It is even or below 1.
+    ValueError: It is even or too small.
   """
-  if value < 1 or value % 2 == 0:
-    raise ValueError(f"{name} must be odd and at least 1, got {value}.")
+  if value < least or value % 2 == 0:
+    raise ValueError(f"{name} must be odd and at least {least}, got {value}.")
+  return int(value)
 
 
 @typed

@@ -241,7 +241,7 @@ def _check(config: Config) -> None:
     )
   # The filter itself refuses what else does not fit.
   one = functools.partial(_filter, chosen, share=1.0)
-  jax.eval_shape(one, jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
+  jax.eval_shape(one, jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
 
 
 def _classes(config: Config) -> tuple[str, ...]:
@@ -324,7 +324,8 @@ def _evaluators(
     )
   for split in bench.saliency:
     out[f"saliency_{split}"] = evaluators.saliency(classifier, batches(split))
-  if bench.filtered:
+  # The styles of "stylized" are a batch's own: no measure of a network.
+  if bench.filtered and config.suppression.filter != "stylized":
     out[f"filtered_{bench.filtered}"] = _on_filtered(
       config.suppression, classifier, batches(bench.filtered)
     )

@@ -163,6 +163,16 @@ def test_styles_are_given_or_those_of_other_images():
     f(KEY, images[0])
 
 
+def test_one_number_is_a_range():
+  images = random_images(2, 6, 7, 3)
+  f = functools.partial(
+    suppression.random_suppression, probabilities={"perona_malik": 1.0}
+  )
+  got = f(KEY, images, iterations=np.int64(5))
+  want = f(KEY, images, iterations=(5, 5))
+  np.testing.assert_array_equal(got, want)
+
+
 def test_it_is_one_of_the_augmentations():
   images = random_images(4, 6, 7, 3)
   options = {"probabilities": {"median": 1.0}, "size": 3}
@@ -173,7 +183,14 @@ def test_it_is_one_of_the_augmentations():
 
 @pytest.mark.parametrize(
   ("name", "value"),
-  [("iterations", (3, 2)), ("sigma", (-1.0, 2.0)), ("sigma_color", (0, 1))],
+  [
+    ("iterations", (3, 2)),
+    ("iterations", (1, 2, 3)),
+    ("sigma", (-1.0, 2.0)),
+    ("sigma", (0.1, np.inf)),
+    ("sigma_color", (0, 1)),
+    ("sigma_color", 0),
+  ],
 )
 def test_wrong_ranges_are_refused(name, value):
   with pytest.raises(ValueError, match=rf"^{name} must be \(low, high\)"):

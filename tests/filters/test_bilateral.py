@@ -388,3 +388,23 @@ def test_unfitting_units_are_warned_of_once(monkeypatch):
     bilateral.joint(image, image / 255, diameter=3)
   assert w[0].filename == __file__
   f(image / 255)
+
+
+def test_one_guide_serves_several_images():
+  rng = np.random.default_rng(0)
+  images = rng.uniform(0, 255, (2, 6, 7, 3)).astype(np.float32)
+  guide = rng.uniform(0, 255, (6, 7, 1)).astype(np.float32)
+  got = bilateral.joint(images, guide, diameter=np.int64(5))
+  for row, image in zip(got, images, strict=True):
+    want = bilateral.joint(image, guide, diameter=5)
+    np.testing.assert_allclose(row, want, atol=1e-3)
+  with pytest.raises(ValueError, match="guide must have channels"):
+    bilateral.joint(images, guide[..., :0])
+
+
+def test_smallest_sigmas_have_gradients():
+  image = np.arange(36, dtype=np.float32).reshape(4, 3, 3)
+  for name in ("sigma_color", "sigma_space"):
+    f = lambda x, s, name=name: bilateral.bilateral(x, diameter=3, **{name: s})
+    slopes = jax.grad(lambda x, s, f=f: f(x, s).var(), (0, 1))(image, 1e-20)
+    assert all(np.isfinite(slope).all() for slope in slopes)

@@ -21,7 +21,7 @@ def test_rgb_to_gray_of_uint8_is_exactly_that_of_opencv():
   levels = np.array([*range(0, 256, 4), 253, 255], np.uint8)
   image = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(66, -1, 3)
   got = jax.jit(color.rgb_to_gray)(image)
-  assert got.dtype == jnp.float32
+  assert got.dtype == jnp.uint8
   want = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
   np.testing.assert_array_equal(got[..., 0], want)
 
@@ -39,7 +39,7 @@ def test_gray_to_rgb_equals_opencv():
   np.testing.assert_array_equal(color.gray_to_rgb(image), want)
   whole = image.astype(np.uint8)
   got = color.gray_to_rgb(whole)
-  assert got.dtype == jnp.float32
+  assert got.dtype == jnp.uint8
   np.testing.assert_array_equal(got, cv2.cvtColor(whole, cv2.COLOR_GRAY2RGB))
 
 

@@ -280,6 +280,24 @@ def test_robust_needs_no_unit_and_no_choice():
   np.testing.assert_allclose(255 * scaled, got, atol=0.05)
 
 
+def test_robust_does_not_count_what_is_not_finite():
+  image = random_image(12, 9, 3)
+  want = diffusion.gradient_scale(image[8:])
+  image[:8] = np.nan
+  np.testing.assert_allclose(diffusion.gradient_scale(image), want, rtol=1e-6)
+  got = diffusion.robust(image, iterations=1)
+  assert np.isfinite(got[9:]).all()
+  assert diffusion.gradient_scale(np.full_like(image, np.nan)) == 0
+
+
+def test_smallest_kappa_keeps_everything():
+  image = random_image(5, 6, 3)
+  f = lambda x: diffusion.perona_malik(x, kappa=1e-39)
+  np.testing.assert_array_equal(f(image), image)
+  slope = jax.grad(lambda x: (f(x) ** 2).sum())(image)
+  np.testing.assert_allclose(slope, 2 * image)
+
+
 def test_robust_leaves_a_flat_image():
   flat = np.full((4, 5, 3), 7.0, np.float32)
   flat[0, 0] = 9
@@ -450,6 +468,7 @@ def test_devices_share_a_batch_without_gathering_it():
     ("step_size", 0.0),
     ("step_size", 0.2501),
     ("iterations", -1),
+    ("iterations", np.int64(2**32)),
     ("iterations", np.array([2, -1])),
     ("conduction", "linear"),
   ],

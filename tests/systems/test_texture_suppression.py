@@ -13,7 +13,13 @@ from jaxshape import system as system_lib
 from jaxshape.data import textured_shapes
 from jaxshape.engine import checkpoints
 from jaxshape.errors import InputError
-from jaxshape.filters import bilateral, cartoon, diffusion, median
+from jaxshape.filters import (
+  bilateral,
+  cartoon,
+  diffusion,
+  median,
+  stylization,
+)
 from jaxshape.systems import texture_suppression
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 8, 10, 3), np.uint8)
@@ -341,3 +347,14 @@ def test_any_width_of_the_blur_fits(width):
 def test_what_does_not_fit_is_refused_before_training(name, value, message):
   with pytest.raises(InputError, match=message):
     system_lib.load(_config(**{f"suppression.{name}": value}))
+
+
+def test_styles_of_a_batch_are_no_measure_of_a_network():
+  system = system_lib.load(_config(**{"suppression.filter": "stylized"}))
+  assert "filtered_test" not in system.evaluators
+  images = _batch()["image"]
+  got = _suppress(images=images, policy="filtered", filter="stylized")
+  want = stylization.match_statistics(
+    np.float32(images), np.float32(np.roll(images, 1, axis=0))
+  )
+  np.testing.assert_allclose(got, want, atol=1e-2)
