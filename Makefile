@@ -1,7 +1,8 @@
 # make demo    trains, evaluates and compares the first system on generated data
 # make test    every test
 # make lint    ruff and pyright
-# make bench   filters against their peers (a quarter of an hour)
+# make bench   filters against the peers that the tests install (ten minutes); for all
+#              of them, pip install -e .[train,peers] in an environment of its own
 # make claims  the claims of the first system over seeds (long)
 PYTHON ?= python3
 BIN := .venv/bin
