@@ -19,6 +19,7 @@ from jaxshape.engine import (
   checkpoints,
   command,
   logs,
+  processes,
   report,
   runtime,
   settings,
@@ -67,12 +68,16 @@ def evaluate(
     state = restored[0]
   metrics, figures = {}, {}
   for name, evaluator in tqdm(
-    system.evaluators.items(), unit="evaluator", disable=None
+    system.evaluators.items(),
+    unit="evaluator",
+    disable=True if processes.index() else None,
   ):
-    numbers, outputs = runtime.evaluate(evaluator, state, mesh)
+    numbers, outputs = runtime.evaluate(
+      evaluator, state, mesh, stuck=config.stuck_seconds
+    )
     metrics |= {f"{name}/{k}": v for k, v in numbers.items()}
-    if pictures and evaluator.pictures is not None:
-      drawn = evaluator.pictures(state, outputs)
+    if pictures and evaluator.pictures is not None and not processes.index():
+      drawn = evaluator.pictures(runtime.local(state), outputs)
       figures |= {f"{name}-{k}": figure for k, figure in drawn.items()}
   return report.Result(
     name=_name(workdir),
@@ -108,6 +113,8 @@ def main() -> None:
     evaluate(config, workdir, step=values.checkpoint)
     for config, workdir in zip(configs, values.workdir, strict=True)
   ]
+  if processes.index():
+    return
   output = values.output or os.path.join(values.workdir[0], "eval")
   page = report.write(output, results, title=" against ".join(names))
   print(report.text_table(results))  # noqa: T201 (this is the answer)

@@ -27,6 +27,7 @@ from jaxshape.engine import (
   checkpoints,
   command,
   logs,
+  processes,
   runtime,
   settings,
   steps,
@@ -36,7 +37,7 @@ from jaxshape.system import System, TrainState
 from jaxshape.typing import Config
 
 # What a preempted run exits with: start me again.
-AGAIN = 75
+AGAIN = processes.AGAIN
 
 
 class Preempted(SystemExit):
@@ -99,7 +100,8 @@ def train(
     batches = runtime.placed(system.train_data(first), mesh)
     stack.enter_context(contextlib.closing(batches))
     loop = _Loop(config, system, mesh, saved, log)
-    return loop.run(state, batches, stopped, workdir if profile else None)
+    traced = profile and processes.index() == 0
+    return loop.run(state, batches, stopped, workdir if traced else None)
 
 
 def start(
@@ -155,6 +157,7 @@ class _Loop:
   ):
     self.config, self.system, self.mesh = config, system, mesh
     self.saved, self.log = saved, log
+    self.agreement = processes.Agreement(mesh)
     self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
     self.waited, self.since = 0.0, time.perf_counter()
 
@@ -180,6 +183,7 @@ class _Loop:
 
     compiled = None
     for step in range(first + 1, config.steps + 1):
+      processes.alive(config.stuck_seconds)
       if self._due(config.refresh_every, step - 1) and self.system.refresh:
         # A copy, as the step donates it and a buffer may be there twice.
         copy = jax.jit(_copy, out_shardings=shardings)
@@ -190,6 +194,9 @@ class _Loop:
         with reading_config():
           lowered = advance.lower(state, batch)
         compiled = lowered.compile()
+        # On CPUs, the first collective waits half a minute for the others and
+        # no longer; one that compiles may take more.
+        processes.gather(None)
         took = time.perf_counter() - began
         self.log.write(step, {"train/compile_seconds": took})
         self.log.say(f"compiled in {took:.1f} s")
@@ -206,7 +213,8 @@ class _Loop:
         jax.profiler.stop_trace()
       self.log.advance()
       # Asked once: what comes while it saves is for the next step.
-      last = step == config.steps or bool(stopped)
+      told = self.agreement(bool(stopped))
+      last = step == config.steps or bool(told)
       self._after(state, step, last=last)
       if last and step < config.steps:
         self._stop(step, stopped)
@@ -226,7 +234,7 @@ class _Loop:
 
   def _stop(self, step: int, stopped: list[int]) -> None:
     told = f"step {step} is saved; start me again."
-    if signal.SIGINT in stopped:
+    if signal.SIGINT in stopped and processes.count() == 1:
       raise KeyboardInterrupt(told)
     self.log.say(f"told to stop: {told}")
     raise Preempted(AGAIN)
@@ -243,7 +251,9 @@ class _Loop:
     try:
       if evaluate:
         for name, evaluator in self.system.evaluators.items():
-          numbers, _ = runtime.evaluate(evaluator, state, self.mesh)
+          numbers, _ = runtime.evaluate(
+            evaluator, state, self.mesh, stuck=config.stuck_seconds
+          )
           results |= {f"{name}/{k}": v for k, v in numbers.items()}
         self.log.write(step, results)
         if config.best_metric and config.best_metric not in results:

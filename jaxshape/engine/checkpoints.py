@@ -28,6 +28,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import xxhash
 
+from jaxshape.engine import processes
 from jaxshape.engine.optimizers import path_name
 from jaxshape.errors import InputError
 from jaxshape.system import TrainState
@@ -143,7 +144,7 @@ class Checkpoints:
       _synchronize(path)
     except Exception as error:
       raise SaveError(_why(path, error)) from error
-    if jax.process_index() == 0:
+    if processes.index() == 0:
       for old in set(self.steps()) - self._kept():
         (self.folder / str(old)).rmtree()
 
@@ -178,7 +179,8 @@ class Checkpoints:
       InputError: The step is not there, no step is intact, or the checkpoint
         is of another system or of other shapes.
     """
-    steps = self.steps()
+    # All read the same step: what one of them cannot read is damaged for all.
+    steps = processes.gather(self.steps())[0]
     if step is not None:
       if step not in steps:
         raise InputError(
@@ -188,23 +190,21 @@ class Checkpoints:
       steps = [step]
     damaged = []
     for number in reversed(steps):
-      try:
+      metadata, state = {}, None
+      with _agreed(damaged, f"{number} ({_METADATA}: ") as well:
         metadata = self.metadata(number)
-        stored = metadata["leaves"]
-      except Exception as error:
-        damaged.append(f"{number} ({_METADATA}: {_first_line(error)})")
+        _ = metadata["leaves"]
+      if not well:
         continue
       self._compare(number, metadata, like, system)
-      try:
-        with _quiet():
+      with _agreed(damaged, f"{number} (") as well:
+        with _quiet(), _alone():
           state = ocp.load(self.folder / str(number), like)
-        _verify(state, stored)
-      except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # Of the machine, not of the checkpoint.
-      except Exception as error:
-        damaged.append(f"{number} ({_first_line(error)})")
+        _verify(state, metadata["leaves"])
+      if not well:
         continue
-      if damaged:
+      assert state is not None
+      if damaged and not processes.index():
         logging.warning(
           "%s: skipped damaged checkpoints %s; step %d is used.",
           self.folder,
@@ -221,7 +221,7 @@ class Checkpoints:
 
   def _clear(self, step: int) -> None:
     """Removes what a killed save left, and steps that can only be damaged."""
-    if jax.process_index():
+    if processes.index():
       return
     for left in self.folder.iterdir():
       # Restore would have started from a later step, were it intact.
@@ -275,7 +275,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
     InputError: Another process holds it (named), or it cannot be written.
   """
   path = _absolute(workdir)
-  if not _is_local(path) or jax.process_index():
+  if not _is_local(path) or processes.index():
     yield  # Buckets have no locks, and one process per run is enough.
     return
   try:
@@ -320,12 +320,13 @@ def initialize_from(
     InputError: There is no intact checkpoint, or nothing fits.
   """
   run = Checkpoints(workdir)
-  if not run.steps():
+  steps = processes.gather(run.steps())[0]
+  if not steps:
     raise InputError(
       f"config.init_from: {run.folder} holds no checkpoint; give the --workdir "
       "of a run that train.py has made."
     )
-  other, step = _load_any(run)
+  other, step = _load_any(run, steps)
   theirs = {path_name(p): leaf for p, leaf in _leaves(other)}
   taken, left = [], []
 
@@ -344,7 +345,9 @@ def initialize_from(
       # What was evaluated there: the averaged parameters, if there are any.
       averaged = name.replace("params/", "extra/ema/", 1)
       value = np.asarray(theirs.get(averaged, theirs[name]), leaf.dtype)
-      return jax.device_put(value, leaf.sharding)
+      return jax.make_array_from_callback(
+        value.shape, leaf.sharding, value.__getitem__
+      )
     return leaf
 
   state = jax.tree_util.tree_map_with_path(pick, state)
@@ -371,7 +374,7 @@ def describe(state: PyTree) -> dict[str, list[Any]]:
   """
   out = {}
   for path, leaf in _leaves(state):
-    value = np.ascontiguousarray(_on_host(leaf))
+    value = np.ascontiguousarray(whole(leaf))
     digest = _digest(value.tobytes())
     out[path_name(path)] = [str(leaf.dtype), list(leaf.shape), digest]
   return out
@@ -402,11 +405,11 @@ def _code() -> str:
   return digest.hexdigest()
 
 
-def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
+def _load_any(run: Checkpoints, steps: list[int]) -> tuple[PyTree, int]:
   """The newest intact state as nested dicts of arrays, whatever its shape."""
-  damaged = []
-  for step in reversed(run.steps()):
-    try:
+  damaged, state = [], None
+  for step in reversed(steps):
+    with _agreed(damaged, f"{step} (") as well, _alone():
       stored = run.metadata(step)["leaves"]
       like: dict[str, Any] = {}
       for path, (dtype, shape, _) in stored.items():
@@ -424,12 +427,47 @@ def _load_any(run: Checkpoints) -> tuple[PyTree, int]:
       except Exception:
         state = _load_part(run.folder / str(step), like, ("params",))
       _verify(state, stored)
-    except Exception as error:
-      damaged.append(f"{step} ({_first_line(error)})")
-      continue
-    return state, step
+    if well:
+      return state, step
   raise InputError(
     f"{run.folder} holds no intact checkpoint: {', '.join(damaged)}."
+  )
+
+
+@contextlib.contextmanager
+def _agreed(damaged: list[str], where: str) -> Iterator[list[bool]]:
+  """Takes what fails inside as damage, for all processes if for one.
+
+  Args:
+    damaged: Gets a line if it failed.
+    where: How that line begins.
+
+  Yields:
+    A list that is empty at the end if it failed, and else is not.
+  """
+  well, said = [True], None
+  try:
+    yield well
+  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    raise  # Of the machine, not of the checkpoint.
+  except Exception as error:
+    said = _first_line(error)
+  if errors := [e for e in processes.gather(said) if e is not None]:
+    well.clear()
+    damaged.append(f"{where}{errors[0]})")
+
+
+def _alone() -> Any:
+  """Orbax without its barriers, where one process would wait for another.
+
+  Each reads all, so that one that fails keeps no other waiting.
+  """
+  if processes.count() == 1:
+    return contextlib.nullcontext()
+  return ocp.Context(
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=processes.index(), active_processes={processes.index()}
+    )
   )
 
 
@@ -470,16 +508,21 @@ def _shapes(tree: PyTree) -> dict[str, list[Any]]:
   }
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def whole(leaf: Any) -> np.ndarray:
+  """A leaf on the host; of a key, its data.
+
+  No process has to ask another, as each holds all parts of the parameters.
+  """
+  if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+    leaf = leaf.addressable_data(0)
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
-  if isinstance(leaf, jax.Array) and not (
-    leaf.is_fully_addressable or leaf.is_fully_replicated
-  ):
-    from jax.experimental import multihost_utils  # noqa: PLC0415 (rare, slow)
-
-    leaf = multihost_utils.process_allgather(leaf, tiled=True)
-  return np.asarray(leaf)
+  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+    return np.asarray(leaf)
+  out = np.empty(leaf.shape, leaf.dtype)
+  for shard in leaf.addressable_shards:
+    out[shard.index] = shard.data
+  return out
 
 
 def _absolute(path: str | os.PathLike[str]) -> Any:
@@ -494,7 +537,7 @@ def _is_local(path: str | os.PathLike[str]) -> bool:
 
 def _synchronize(path: Any) -> None:
   """Makes the commit of a local step survive a power loss."""
-  if not _is_local(path) or jax.process_index():
+  if not _is_local(path) or processes.index():
     return
   files = [p for p in path.iterdir() if p.is_file()]
   for entry in (*files, path, path.parent):

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 from absl import app, flags
@@ -14,7 +15,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from jaxshape.engine import checkpoints, settings
+from jaxshape.engine import checkpoints, processes, settings
 from jaxshape.errors import InputError
 from jaxshape.typing import Config
 
@@ -30,39 +31,65 @@ def run(main: Callable[[], None]) -> None:
     main: Reads the flags that the script has defined.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
+  processes.define_flags(flags.FLAGS)
 
   def guarded(argv: Sequence[str]) -> None:
     try:
       if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}; see --help.")
-      main()
-    except checkpoints.SaveError as error:
-      _say(error)
-      os._exit(1)  # The failed writer's threads would never end.
-    except InputError as error:
-      _say(error)
-      sys.exit(1)
-    except OSError as error:  # The machine's matter: a full disk, a right.
-      if error.filename is None:
-        raise
-      _say(f"{os.fspath(error.filename)}: {error.strerror}.")
-      sys.exit(1)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      text = " ".join(str(error).split())
-      if not isinstance(error, MemoryError) and (
-        "RESOURCE_EXHAUSTED" not in text
-      ):
-        raise
-      _say(
-        "out of memory; lower --config.batch_size, or raise "
-        f"--config.accumulate. {text[:200]}"
+      values = flags.FLAGS
+      processes.initialize(
+        values.coordinator, values.process_id, values.num_processes
       )
-      sys.exit(1)
-    except KeyboardInterrupt as error:
-      _say(f"stopped by Ctrl-C; {error}".rstrip("; "))
-      sys.exit(_INTERRUPTED)
+      main()
+    except SystemExit:  # All stop at the same step.
+      processes.finish()
+      raise
+    except BaseException as error:
+      text = _one_line(error)
+      code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+      if processes.count() > 1 and not isinstance(error, processes.StartError):
+        _end_all(error, text, code)
+      if text is None:
+        raise
+      processes.say(text)
+      if isinstance(error, checkpoints.SaveError | processes.StartError):
+        os._exit(code)  # Threads that failed would never end.
+      sys.exit(code)
+    processes.finish()
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _one_line(error: BaseException) -> str | None:
+  """What a person or the machine did; None for a defect of the program."""
+  text = " ".join(str(error).split())
+  if isinstance(error, InputError):
+    return text
+  if isinstance(error, KeyboardInterrupt):
+    return f"stopped by Ctrl-C; {text}".rstrip("; ")
+  if isinstance(error, OSError) and error.filename is not None:
+    # The machine's matter: a full disk, a right.
+    return f"{os.fspath(error.filename)}: {error.strerror}."
+  if isinstance(error, MemoryError) or (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    and "RESOURCE_EXHAUSTED" in text
+  ):
+    return (
+      "out of memory; lower --config.batch_size, or raise "
+      f"--config.accumulate. {text[:200]}"
+    )
+  return None
+
+
+def _end_all(error: BaseException, text: str | None, code: int) -> None:
+  """Ends the other processes, too: they would wait for this one for ever."""
+  if text is None and isinstance(error, jax.errors.JaxRuntimeError):
+    processes.fail(error)  # Nearly always another process that is gone.
+  if text is None:
+    traceback.print_exception(error)
+    text = f"{type(error).__name__}: {error}"
+  processes.fail(error, text, code)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -73,24 +100,19 @@ def _parse(argv: list[str]) -> list[str]:
     text = str(error.args[0] if error.args else error).split("\n")[0]
     if text.endswith("'get_config'"):  # Of the module that the file is.
       named = [a for a in argv if re.match("--?[^=]*config=", a)]
-      _say(f"{' '.join(named)} has no function get_config.")
+      processes.say(f"{' '.join(named)} has no function get_config.")
       sys.exit(1)
     field = re.escape(text.strip("\"'").split("'")[0])
     named = [a.split("=")[0] for a in argv if re.search(rf"\b{field}\b", a)]
-    _say(f"the config has no field {' '.join(named) or text}")
+    processes.say(f"the config has no field {' '.join(named) or text}")
   except (flags.Error, ValueError) as error:
     # Where a config file refuses its mode, the whole traceback is in the text.
     lines = str(error).strip().splitlines() or [""]
     text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-    _say("command line: " + " ".join(text.split()))
+    processes.say("command line: " + " ".join(text.split()))
   except (ImportError, OSError, SyntaxError) as error:
-    _say(f"--config: {error}; there are: {_listed()}")
+    processes.say(f"--config: {error}; there are: {_listed()}")
   sys.exit(1)
-
-
-def _say(error: object) -> None:
-  line = " ".join(str(error).split())
-  print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _listed() -> str:
@@ -151,6 +173,7 @@ _FREE = (
   "best_metric",
   "best_mode",
   "mesh",
+  "stuck_seconds",
   "bench",
 )
 
@@ -167,6 +190,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_config(config: Mapping[str, Any], workdir: Any) -> None:
   """Keeps the config beside the run, for `read_config`."""
+  if processes.index():
+    return
   text = ml_collections.ConfigDict(config).to_json_best_effort(indent=2)
   epath.Path(workdir).joinpath(CONFIG_FILE).write_text(text + "\n")
 

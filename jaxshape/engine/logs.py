@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 from etils import epath
-import jax
 import numpy as np
 import tensorboardX
 from tqdm import tqdm
+
+from jaxshape.engine import processes
 
 FILE = "metrics.jsonl"
 
@@ -30,7 +31,7 @@ class Logs:
       start: The step it goes on from; what was logged after it is dropped.
       total: The last step.
     """
-    self._writes = jax.process_index() == 0
+    self._writes = processes.index() == 0
     self._path = epath.Path(workdir) / FILE
     # Silent where nobody looks (a pipe, another process than the first).
     self._bar = tqdm(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from jaxshape.engine import checkpoints, processes
 from jaxshape.errors import InputError, reading_config
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Batch, PyTree
@@ -24,7 +25,9 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     axes: Sizes of `data` and `model`; one of them may be -1 and takes the rest.
 
   Returns:
-    A mesh with automatic axes, so that `jit` places the collectives.
+    A mesh with automatic axes, so that `jit` places the collectives. Of
+    several processes each holds all parameters, and rows of the batch that
+    follow those of the process before it.
   """
   sizes = {"data": -1, "model": 1, **dict(axes)}
   count = jax.device_count()
@@ -45,9 +48,18 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     raise InputError(
       f"config.mesh must use all {count} devices, got {dict(axes)}."
     )
-  return jax.make_mesh(
-    tuple(shape), tuple(sizes), axis_types=(AxisType.Auto,) * 2
-  )
+  types, here = (AxisType.Auto,) * 2, jax.local_device_count()
+  if processes.count() == 1:
+    return jax.make_mesh(tuple(shape), tuple(sizes), axis_types=types)
+  if here % shape[1]:
+    raise InputError(
+      f"config.mesh.model must divide the {here} devices of a process, got "
+      f"{dict(axes)}."
+    )
+  # In the order of the processes, which no other order of `make_mesh` keeps.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, tuple(sizes), axis_types=types)
 
 
 def check_batch_size(size: int, mesh: Mesh) -> None:
@@ -142,7 +154,7 @@ def _compiled(step: Any, mesh: Mesh) -> Any:
 
 
 def evaluate(
-  evaluator: Evaluator, state: TrainState, mesh: Mesh
+  evaluator: Evaluator, state: TrainState, mesh: Mesh, *, stuck: float = 1800
 ) -> tuple[dict[str, float], list[PyTree]]:
   """Runs an evaluator over all its batches.
 
@@ -150,13 +162,16 @@ def evaluate(
     evaluator: From a system.
     state: On the devices of the mesh.
     mesh: As `make_mesh` gives it.
+    stuck: Seconds for a batch, after which one of several processes is ended.
 
   Returns:
     The numbers of its `summarize`, and the outputs that they come from.
   """
   step = _compiled(evaluator.step, mesh)
   outputs: list[PyTree] = []
+  processes.alive(stuck)
   for batch in placed(evaluator.data(), mesh):
+    processes.alive(stuck)
     with reading_config():  # The first call traces it.
       outputs.append(step(state, batch))
     if len(outputs) > 2:  # Batches wait on the host, not on the device.
@@ -186,6 +201,21 @@ def rehearse(evaluator: Evaluator, state: TrainState, mesh: Mesh) -> None:
     raise InputError("an evaluator got no batch; its data set is empty.")
   with reading_config():
     _compiled(evaluator.step, mesh).eval_shape(state, batch)
+
+
+def local(state: TrainState) -> TrainState:
+  """The state on this process alone, for what the others do not compute."""
+  if processes.count() == 1:
+    return state
+  device = jax.local_devices()[0]
+
+  def here(leaf: jax.Array) -> jax.Array:
+    value = jax.device_put(checkpoints.whole(leaf), device)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+    return value
+
+  return jax.tree.map(here, state)
 
 
 def finite(state: TrainState) -> bool:

@@ -45,6 +45,9 @@ def defaults() -> Config:
   # Another run's workdir to start from, and which of its paths to take.
   config.init_from = ""
   config.init_include = (".*",)
+  # Where there are several processes, one that makes no step and evaluates no
+  # batch for so long is ended, and all others with it.
+  config.stuck_seconds = 1800
   config.optimizer = ConfigDict(optimizers.defaults())
   return config
 
@@ -101,4 +104,5 @@ _RANGES = {
   "save_every": (0, math.inf),
   "refresh_every": (0, math.inf),
   "keep": (1, math.inf),
+  "stuck_seconds": (1, math.inf),
 }

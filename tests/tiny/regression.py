@@ -1,10 +1,13 @@
 """One player, statistics in `extra`: supervised learning at its smallest."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxshape.engine import optimizers, steps
+from jaxshape.errors import InputError
 from jaxshape.system import Evaluator, System
 
 ROWS = 22
@@ -18,11 +21,22 @@ def rows(index):
   return {"x": x, "y": x.sum(1, keepdims=True)}
 
 
+def share(config, start):
+  """Numbers of the rows of a batch that are this process's."""
+  size = config.batch_size // jax.process_count()
+  return start + jax.process_index() * size + np.arange(size)
+
+
 def train_data(config):
   def batches(step):
     while True:
+      time.sleep(config.get("pause", 0.0))
       start = (config.seed * 1000 + step) * config.batch_size
-      yield rows(range(start, start + config.batch_size))
+      if step == config.get("breaks_for_the_last_at", -1) and (
+        jax.process_index() == jax.process_count() - 1
+      ):
+        raise InputError("a file of this process is not there any more")
+      yield rows(share(config, start))
       step += 1
 
   return batches
@@ -31,7 +45,7 @@ def train_data(config):
 def eval_data(config):
   def batches():
     for start in range(0, ROWS, config.batch_size):
-      index = np.arange(start, start + config.batch_size)
+      index = share(config, start)
       yield {**rows(index), "mask": (index < ROWS).astype(np.float32)}
 
   return batches
@@ -41,9 +55,12 @@ def squared_error(w, batch):
   return ((batch["x"] @ w - batch["y"]) ** 2).sum(1)
 
 
-def error(config):
+def error(config, predict=None):
   def step(state, batch):
-    errors = squared_error(state.params["net"], batch)
+    if predict is None:
+      errors = squared_error(state.params["net"], batch)
+    else:
+      errors = ((predict(state.params, batch["x"]) - batch["y"]) ** 2).sum(1)
     return {
       "sum": (errors * batch["mask"]).sum(),
       "count": batch["mask"].sum(),

@@ -12,9 +12,16 @@ def config(kind="regression", **changes):
   out.save_every = 3
   out.noise = 0.1
   out.breaks_at = -1
+  out.breaks_for_the_last_at = -1
+  out.pause = 0.0
   out.optimizer.name = "adam"
   out.optimizer.learning_rate = 0.05
   with out.unlocked():
     for name, value in changes.items():
       out[name] = value
   return out.lock()
+
+
+def get_config(mode="regression"):
+  """As a file of configs/, for the command line."""
+  return config(mode).unlock()
