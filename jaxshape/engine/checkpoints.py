@@ -557,7 +557,10 @@ def _first_line(error: BaseException) -> str:
   while error.__cause__ is not None:
     error = error.__cause__
   lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+  text = lines[0] if lines else ""
+  if len(text) > 400:  # What went wrong often comes last.
+    text = f"{text[:150]} ... {text[-200:]}"
+  return f"{type(error).__name__}: {text}"
 
 
 def _why(path: Any, error: Exception) -> str:

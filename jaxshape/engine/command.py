@@ -1,11 +1,14 @@
 """What train.py and eval.py share: flags, and errors in one line."""
 
 from collections.abc import Callable, Mapping, Sequence
+import errno
 import json
+import logging
 import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -22,6 +25,7 @@ from jaxshape.typing import Config
 CONFIG_FILE = "config.json"
 # What shells report for a program that Ctrl-C ended.
 _INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,7 +35,12 @@ def run(main: Callable[[], None]) -> None:
     main: Reads the flags that the script has defined.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
+  # Its tracebacks; `SaveError` says the same in one line.
+  absl_logging.get_absl_logger().addFilter(
+    lambda record: "orbax" not in record.pathname
+  )
   processes.define_flags(flags.FLAGS)
+  threading.excepthook = _in_thread
 
   def guarded(argv: Sequence[str]) -> None:
     try:
@@ -61,6 +70,14 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def _in_thread(failed: threading.ExceptHookArgs) -> None:
+  """Says in one line what a log's writer met; the loop meets it as well."""
+  if isinstance(failed.exc_value, OSError):
+    logging.warning("%s", failed.exc_value)
+  else:
+    threading.__excepthook__(failed)
+
+
 def _one_line(error: BaseException) -> str | None:
   """What a person or the machine did; None for a defect of the program."""
   text = " ".join(str(error).split())
@@ -68,9 +85,12 @@ def _one_line(error: BaseException) -> str | None:
     return text
   if isinstance(error, KeyboardInterrupt):
     return f"stopped by Ctrl-C; {text}".rstrip("; ")
-  if isinstance(error, OSError) and error.filename is not None:
+  if isinstance(error, OSError) and error.strerror:
     # The machine's matter: a full disk, a right.
-    return f"{os.fspath(error.filename)}: {error.strerror}."
+    if error.filename is not None:
+      return f"{os.fspath(error.filename)}: {error.strerror}."
+    if error.errno in _FULL:  # Of a file that was open already.
+      return f"{error.strerror}; make room and start again."
   if isinstance(error, MemoryError) or (
     isinstance(error, jax.errors.JaxRuntimeError)
     and "RESOURCE_EXHAUSTED" in text

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -85,7 +86,10 @@ class Logs:
     """Flushes everything."""
     self._bar.close()
     if self._board is not None:
-      self._board.close()
+      try:
+        self._board.close()
+      except OSError as error:  # It must not hide why the run ends.
+        logging.warning("TensorBoard's log is not complete: %s", error)
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
