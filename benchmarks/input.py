@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import machine
 from jaxshape.data import stream
 from jaxshape.engine import runtime
 
@@ -189,10 +190,11 @@ def _steps(step: Step, feed: Iterator[Any], count: int) -> tuple[float, float]:
 def markdown(results: Sequence[Result], *, command: str) -> str:
   """The page."""
   device = jax.devices()[0]
+  name = machine.processor() or platform.machine()
   lines = [
     "# Reading behind a step",
     "",
-    f"`{command}`, {datetime.datetime.now(datetime.UTC).date()}; {_name()}, "
+    f"`{command}`, {datetime.datetime.now(datetime.UTC).date()}; {name}, "
     f"{os.cpu_count()} cores, device {device.device_kind}; Python "
     f"{platform.python_version()}, jax {jax.__version__}; load "
     f"{os.getloadavg()[0]:.1f} at the end.",
@@ -222,15 +224,6 @@ def markdown(results: Sequence[Result], *, command: str) -> str:
     ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join([*lines, ""])
-
-
-def _name() -> str:
-  path = pathlib.Path("/proc/cpuinfo")
-  if path.exists():
-    for line in path.read_text().splitlines():
-      if line.startswith("model name"):
-        return line.partition(":")[2].strip()
-  return platform.processor() or platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import claims
+from benchmarks import claims, machine
 from benchmarks.claims import _runs
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
@@ -140,7 +140,7 @@ def summarize(
     "",
     *[f"- {note}" for note in study.notes],
     "",
-    f"Machine: {platform.machine()}, {_processor()}; Python "
+    f"Machine: {platform.machine()}, {machine.processor()}; Python "
     f"{platform.python_version()}, "
     + ", ".join(f"{k} {v}" for k, v in _versions().items())
     + ".",
@@ -203,15 +203,6 @@ def _judge(
 
 def _spell(value: float) -> str:
   return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def _processor() -> str:
-  path = pathlib.Path("/proc/cpuinfo")
-  if path.exists():
-    for line in path.read_text().splitlines():
-      if line.startswith("model name"):
-        return line.partition(":")[2].strip()
-  return platform.processor()
 
 
 def _versions() -> dict[str, str]:

@@ -178,12 +178,6 @@ def terminations(lab: Lab, row: Row, *, count: int) -> None:
   )
 
 
-def has_processes(lab: Lab) -> bool:
-  """Whether train.py knows of several processes."""
-  files = [lab.code / "train.py", *(lab.code / "jaxshape").rglob("*.py")]
-  return any('"num_processes"' in f.read_text("utf-8") for f in files)
-
-
 class _OneOfTwo(Interruptions):
   """Kills one process; the other has to notice and to say who is missing."""
 
@@ -228,9 +222,6 @@ def names(said: str, by: int, victim: int) -> bool:
 
 def one_of_two(lab: Lab, row: Row, *, count: int) -> None:
   """One of two processes is killed."""
-  if not has_processes(lab):
-    row.skipped = "train.py has no --num_processes yet"
-    return
   lab.unbroken()
   seen = _OneOfTwo(lab, signal.SIGKILL, row)
   seen.run(count)
@@ -244,9 +235,6 @@ def one_of_two(lab: Lab, row: Row, *, count: int) -> None:
 
 def one_of_two_told(lab: Lab, row: Row, *, count: int) -> None:
   """SIGTERM to one of two processes."""
-  if not has_processes(lab):
-    row.skipped = "train.py has no --num_processes yet"
-    return
   lab.unbroken()
   both = 0
   for number in range(count):

@@ -5,13 +5,13 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-import pathlib
 import platform
 import re
 from typing import Any
 
 import jax
 
+from benchmarks import machine
 from benchmarks.filters import peers, step, timing
 
 MISSING = "\N{EN DASH}"
@@ -80,11 +80,7 @@ def device() -> str:
   """What the filters run on, in words that name no machine."""
   if jax.default_backend() != "cpu":
     return jax.devices()[0].device_kind
-  name = platform.processor() or platform.machine()
-  path = pathlib.Path("/proc/cpuinfo")
-  if path.exists():
-    found = re.search(r"model name\s*:\s*(.+)", path.read_text())
-    name = found[1].strip() if found else name
+  name = machine.processor() or platform.machine()
   count = (
     len(os.sched_getaffinity(0))
     if hasattr(os, "sched_getaffinity")

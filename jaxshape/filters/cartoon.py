@@ -79,7 +79,7 @@ def _smooth(x: jax.Array, sizes: _Sizes, strengths: _Strengths) -> jax.Array:
 
 def _mask(x: jax.Array, sizes: _Sizes, offset: Any) -> jax.Array:
   """0 on lines and 1 elsewhere, as one channel."""
-  gray = color.rgb_to_gray(x).astype(x.dtype)
+  gray = color.rgb_to_gray(x)
   return threshold.adaptive(
     median.median(gray, size=sizes.median_size),
     block_size=sizes.block_size,
@@ -150,7 +150,7 @@ def cartoon(
     repeats: How often the bilateral filter is applied, at least 0.
     levels: How often the image is halved before it and doubled after it.
     median_size: The side of the median filter's window, odd.
-    block_size: The side of the window of the mean, odd and above 1.
+    block_size: The side of the window of the mean, odd and at least 3.
     offset: The contrast of a line, in the image's units.
 
   Returns:

@@ -55,27 +55,21 @@ def _filter(
   strongest: bool = False,
 ) -> Array:
   """Filters a share of the images, or each as its own share says."""
-  drawn = {
-    name: tuple(config[name])[-1:] * 2 if strongest else tuple(config[name])
-    for name in ("iterations", "sigma", "sigma_color")
-  }
+  drawn = slice(-1, None) if strongest else slice(None)
   return suppression.random_suppression(
     key,
     images,
     probabilities={config.filter: share},
-    **drawn,
-    **{
-      name: config[name]
-      for name in (
-        "kappa",
-        "step_size",
-        "conduction",
-        "diameter",
-        "sigma_space",
-        "size",
-        "preset",
-      )
-    },
+    iterations=config.iterations[drawn],
+    kappa=config.kappa,
+    step_size=config.step_size,
+    conduction=config.conduction,
+    sigma=config.sigma[drawn],
+    diameter=config.diameter,
+    sigma_color=config.sigma_color[drawn],
+    sigma_space=config.sigma_space,
+    size=config.size,
+    preset=config.preset,
   )
 
 
