@@ -10,13 +10,11 @@ import os
 import pathlib
 
 from absl import flags
-import jax
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from jaxshape import system as system_lib
 from jaxshape.engine import (
-  checkpoints,
   command,
   logs,
   processes,
@@ -53,19 +51,7 @@ def evaluate(
   mesh = runtime.make_mesh(config.mesh)
   runtime.check_batch_size(config.batch_size, mesh)
   system = system_lib.load(config)
-  key, _ = jax.random.split(jax.random.key(config.seed))
-  if system.train_step is None:
-    state = runtime.initialize(system.init, key, mesh)
-  else:
-    saved = checkpoints.Checkpoints(workdir)
-    like = runtime.abstract_state(system.init, key, mesh)
-    restored = saved.restore(like, system=config.system, step=step)
-    if restored is None:
-      raise InputError(
-        f"{saved.folder} holds no checkpoint; train first with train.py "
-        f"--workdir={os.fspath(workdir)}"
-      )
-    state = restored[0]
+  state = runtime.restored(system, config, workdir, mesh, step=step)
   metrics, figures = {}, {}
   for name, evaluator in tqdm(
     system.evaluators.items(),

@@ -21,8 +21,10 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
+import numpy as np
 
 from jaxshape import system as system_lib
+from jaxshape.data import stream
 from jaxshape.engine import (
   checkpoints,
   command,
@@ -82,26 +84,34 @@ def train(
     stack.callback(_settle, saved)
     state, origin, before = start(config, system, mesh, saved)
     first = int(state.step)
+    owed = _owed(config, workdir, first)
     log = logs.Logs(workdir, start=first, total=config.steps)
     stack.callback(log.close)
-    if changed := command.differences(before, config):
+    if changed := command.differences(before.get("config"), config):
       log.say("the run began with another config: " + "; ".join(changed))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.say(
       f"{config.system}: {count:,} parameters, {origin}, steps {first} to "
       f"{config.steps} on {mesh.size} {jax.devices()[0].device_kind} device(s)"
     )
-    if first >= config.steps:
+    if first >= config.steps and not owed:
       return state
+    data = system.train_data(first)
+    batches = runtime.placed(data, mesh)
+    stack.enter_context(contextlib.closing(batches))
+    saved.data = getattr(data, "fingerprint", None)
+    for other in (processes.gather(saved.data)[0], before.get("data")):
+      if config.check_data and saved.data and other:
+        stream.check_same(saved.data, other)
     command.write_config(config, workdir)  # Not before it fits what is there.
     if config.eval_every:
       _check_evaluators(config, system, state, mesh)
     stopped = stack.enter_context(_stop_signals())
-    batches = runtime.placed(system.train_data(first), mesh)
-    stack.enter_context(contextlib.closing(batches))
-    loop = _Loop(config, system, mesh, saved, log)
+    loop = _Loop(config, system, mesh, saved, log, stopped)
+    if owed:
+      loop.after(state, first, told=False, old=True)
     traced = profile and processes.index() == 0
-    return loop.run(state, batches, stopped, workdir if traced else None)
+    return loop.run(state, batches, workdir if traced else None)
 
 
 def start(
@@ -109,7 +119,7 @@ def start(
   system: System,
   mesh: jax.sharding.Mesh,
   saved: checkpoints.Checkpoints,
-) -> tuple[TrainState, str, Mapping[str, Any] | None]:
+) -> tuple[TrainState, str, Mapping[str, Any]]:
   """The state to go on from: a checkpoint, another run's parameters, or fresh.
 
   Args:
@@ -119,21 +129,29 @@ def start(
     saved: The run's checkpoints.
 
   Returns:
-    The state, in words where it is from, and the config it was saved with.
+    The state, in words where it is from, and what was stored beside it.
   """
   key, _ = jax.random.split(jax.random.key(config.seed))
   like = runtime.abstract_state(system.init, key, mesh)
   restored = saved.restore(like, system=config.system)
   if restored is not None:
     state, metadata = restored
-    return state, f"resumed from step {int(state.step)}", metadata["config"]
+    return state, f"resumed from step {int(state.step)}", metadata
   state = runtime.initialize(system.init, key, mesh)
   if config.init_from:
     state, origin = checkpoints.initialize_from(
       state, config.init_from, include=config.init_include
     )
-    return state, origin, None
-  return state, "new", None
+    return state, origin, {}
+  return state, "new", {}
+
+
+def _owed(config: Config, workdir: str | os.PathLike[str], step: int) -> bool:
+  """Whether the evaluation of a saved step is due but not in the log."""
+  rows = [row for row in logs.read(workdir) if row["step"] == step]
+  seen = any(not any("train/" in name for name in row) for row in rows)
+  due = step > 0 and _due(config.eval_every, step) and not seen
+  return processes.gather(due)[0]  # Others may not see the log.
 
 
 def _settle(saved: checkpoints.Checkpoints) -> None:
@@ -154,9 +172,10 @@ class _Loop:
     mesh: jax.sharding.Mesh,
     saved: checkpoints.Checkpoints,
     log: logs.Logs,
+    stopped: list[int],
   ):
     self.config, self.system, self.mesh = config, system, mesh
-    self.saved, self.log = saved, log
+    self.saved, self.log, self.stopped = saved, log, stopped
     self.agreement = processes.Agreement(mesh)
     self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
     self.waited, self.since = 0.0, time.perf_counter()
@@ -165,34 +184,36 @@ class _Loop:
     self,
     state: TrainState,
     batches: Any,
-    stopped: list[int],
     profile: str | os.PathLike[str] | None,
   ) -> TrainState:
     """From the state's step to the last one."""
     config, first = self.config, int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     _, key = jax.random.split(jax.random.key(config.seed))
+    # Given, not part of the program, which so is the same for every seed.
+    words = np.asarray(jax.random.key_data(key))
 
     @functools.partial(
       jax.jit, donate_argnums=0, out_shardings=(shardings, None)
     )
-    def advance(state, batch):
+    def advance(state, batch, words):
       assert self.system.train_step is not None
+      key = jax.random.wrap_key_data(words)
       key_of_step = jax.random.fold_in(key, state.step)
       return self.system.train_step(state, batch, key_of_step)
 
     compiled = None
     for step in range(first + 1, config.steps + 1):
       processes.alive(config.stuck_seconds)
-      if self._due(config.refresh_every, step - 1) and self.system.refresh:
+      if _due(config.refresh_every, step - 1) and self.system.refresh:
         # A copy, as the step donates it and a buffer may be there twice.
         copy = jax.jit(_copy, out_shardings=shardings)
         state = copy(self.system.refresh(state))
-      batch = self._next(batches, stopped)
+      batch = self._next(batches)
       if compiled is None:
         began = time.perf_counter()
         with reading_config():
-          lowered = advance.lower(state, batch)
+          lowered = advance.lower(state, batch, words)
         compiled = lowered.compile()
         # On CPUs, the first collective waits half a minute for the others and
         # no longer; one that compiles may take more.
@@ -204,7 +225,8 @@ class _Loop:
       if profile and step == min(first + 5, config.steps):
         jax.profiler.start_trace(os.path.join(profile, "profile"))
       with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, words)
+      processes.alive(config.stuck_seconds, waiting=True)
       self.pending.append((step, metrics))
       if len(self.pending) > 2:  # Stay close to the device, for an honest bar.
         jax.block_until_ready(self.pending[-3][1])
@@ -213,46 +235,49 @@ class _Loop:
         jax.profiler.stop_trace()
       self.log.advance()
       # Asked once: what comes while it saves is for the next step.
-      told = self.agreement(bool(stopped))
-      last = step == config.steps or bool(told)
-      self._after(state, step, last=last)
-      if last and step < config.steps:
-        self._stop(step, stopped)
+      told = bool(self.agreement(bool(self.stopped)))
+      self.after(state, step, told=told, old=False)
     return state
 
-  def _next(self, batches: Any, stopped: list[int]) -> Any:
+  def _go_on(self) -> None:
+    if self.agreement(bool(self.stopped)):
+      raise Preempted
+
+  def _next(self, batches: Any) -> Any:
     """The next batch, and how long it took."""
     began = time.perf_counter()
     try:
       return next(batches)
     except Exception as error:  # Ctrl-C reaches starting workers, too.
-      if signal.SIGINT not in stopped:
+      if signal.SIGINT not in self.stopped:
         raise
       raise KeyboardInterrupt("start me again.") from error
     finally:
       self.waited += time.perf_counter() - began
 
-  def _stop(self, step: int, stopped: list[int]) -> None:
+  def _stop(self, step: int) -> None:
     told = f"step {step} is saved; start me again."
-    if signal.SIGINT in stopped and processes.count() == 1:
+    if signal.SIGINT in self.stopped and processes.count() == 1:
       raise KeyboardInterrupt(told)
     self.log.say(f"told to stop: {told}")
     raise Preempted(AGAIN)
 
-  def _after(self, state: TrainState, step: int, *, last: bool) -> None:
-    """What is due after a step: log, evaluate, save."""
-    config = self.config
-    evaluate = self._due(config.eval_every, step)
-    save = last or self._due(config.save_every, step)
+  def after(
+    self, state: TrainState, step: int, *, told: bool, old: bool
+  ) -> None:
+    """What is due after a step: log, evaluate, save; and stop, if told to."""
+    config, last = self.config, step == self.config.steps
+    evaluate = _due(config.eval_every, step)
+    save = not old and (last or told or _due(config.save_every, step))
     save = save or (evaluate and bool(config.best_metric))
-    if evaluate or save or self._due(config.log_every, step):
+    if evaluate or save or _due(config.log_every, step):
       self._flush(step)
-    results = {}
+    results, stuck = {}, config.stuck_seconds
     try:
-      if evaluate:
+      if evaluate and not told:
         for name, evaluator in self.system.evaluators.items():
           numbers, _ = runtime.evaluate(
-            evaluator, state, self.mesh, stuck=config.stuck_seconds
+            evaluator, state, self.mesh, stuck=stuck, each=self._go_on
           )
           results |= {f"{name}/{k}": v for k, v in numbers.items()}
         self.log.write(step, results)
@@ -261,11 +286,15 @@ class _Loop:
             f"config.best_metric={config.best_metric!r} is not measured; there "
             f"are: {', '.join(results)}"
           )
+    except Preempted:  # The evaluation is given up, until the next start.
+      told, save, results = True, not old, {}
     finally:  # An evaluation that fails costs no steps.
       if save:
         self._save(state, step, results)
-    if last:
+    if last or told:
       self.saved.wait()
+    if told and (evaluate or not last):
+      self._stop(step)
     if evaluate or save:  # They took time that no step took.
       self.waited, self.since = 0.0, time.perf_counter()
 
@@ -323,9 +352,9 @@ class _Loop:
     )
     return f"{where}; try a lower --config.optimizer.learning_rate."
 
-  @staticmethod
-  def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+
+def _due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0
 
 
 def _check_evaluators(

@@ -306,6 +306,76 @@ def test_what_one_cannot_read_ends_all_with_its_words(tmp_path):
   assert checkpoints.Checkpoints(tmp_path / "run").steps()[-1] == 20
 
 
+IMPATIENT = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from jaxshape.engine import processes
+processes.SILENCE, processes.HEARTBEAT = 6, 15
+import train
+train.config_flags.DEFINE_config_file("config", None, "")
+train.flags.DEFINE_string("workdir", None, "")
+train.flags.DEFINE_bool("profile", False, "")
+train.command.run(train.main)
+"""
+
+
+def test_a_process_that_is_stopped_ends_the_other_by_name(tmp_path):
+  script = tmp_path / "impatient.py"
+  script.write_text(IMPATIENT)
+  with _launch(tmp_path / "run", TINY, *LONG, script=script) as run:
+    _wait_for_step(run, tmp_path / "run", 20)
+    run.children[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    code = run.children[0].wait(40)
+    took = time.monotonic() - began
+  assert code == processes.AGAIN
+  assert 5 < took < 20
+  assert (
+    "error: process 0 of 2: ended because process 1 of 2 failed: it is gone"
+  ) in run.says(0)
+
+
+def test_a_process_that_is_stuck_is_ended_and_named_by_the_other(tmp_path):
+  stuck = ("--config.sticks_for_the_last_at=30", "--config.stuck_seconds=8")
+  with _launch(tmp_path / "run", TINY, *LONG, *stuck) as run:
+    began = time.monotonic()
+    assert run.wait() == [processes.AGAIN] * 2
+    assert time.monotonic() - began < 60
+  words = "no step and no batch for 8 s; its stacks are above"
+  assert f"error: process 1 of 2: {words}" in run.says(1)
+  assert "regression.py" in run.says(1)  # Where it sleeps.
+  assert (
+    f"error: process 0 of 2: ended because process 1 of 2 failed: {words}"
+  ) in run.says(0)
+
+
+def test_told_to_stop_while_they_evaluate_they_give_it_up(tmp_path):
+  slow = (
+    "--config.eval_every=10",
+    "--config.eval_pause=0.5",
+    "--config.seed=1",
+  )
+  slow = (
+    *slow,
+    "--config.steps=12",
+    "--config.save_every=20",
+    "--config.log_every=1",
+  )
+  with _launch(tmp_path / "run", TINY, *slow) as run:
+    log, until = tmp_path / "run/metrics.jsonl", time.monotonic() + LIMIT
+    while not log.exists() or '"step": 10,' not in log.read_text():
+      assert time.monotonic() < until, run.says(0)
+      time.sleep(0.02)
+    run.children[1].send_signal(signal.SIGTERM)
+    assert run.wait() == [processes.AGAIN] * 2
+  assert checkpoints.Checkpoints(tmp_path / "run").steps() == [10]
+  assert "test/error" not in log.read_text()
+  with _launch(tmp_path / "run", TINY, *slow) as run:
+    run.ends_well()
+  rows = [json.loads(line) for line in log.read_text().splitlines()]
+  assert [r["step"] for r in rows if "test/error" in r] == [10]
+
+
 ALONE = """
 import sys
 from jaxshape.engine import processes

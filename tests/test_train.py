@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -209,3 +210,82 @@ def test_killed_it_goes_on_from_the_last_checkpoint(tmp_path):
   np.testing.assert_allclose(
     resumed.params["net"], straight.params["net"], rtol=1e-4, atol=1e-6
   )
+
+
+def _with(monkeypatch, config, **fields):
+  system = train.system_lib.load(config)
+  changed = train.System(**{**vars(system), **fields})
+  monkeypatch.setattr(train.system_lib, "load", lambda _: changed)
+  return system
+
+
+class _Named:
+  """Batches that say whose they are."""
+
+  def __init__(self, batches, fingerprint):
+    self.batches, self.fingerprint = batches, fingerprint
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    return next(self.batches)
+
+
+def test_other_data_than_it_began_with_are_refused(tmp_path, monkeypatch):
+  files = {"examples": 8, "folders": {"cat": "8 files"}}
+  config = settings.config(steps=4)
+  system = train.system_lib.load(config)
+  named = lambda step: _Named(system.train_data(step), files)
+  _with(monkeypatch, config, train_data=named)
+  train.train(config, tmp_path)
+  stored = checkpoints.Checkpoints(tmp_path).metadata(4)["data"]
+  assert stored == {"examples": 8, "folders": {"cat": "8 files"}}
+  files = {"examples": 7, "folders": {"cat": "7 files"}}
+  longer = settings.config(steps=5)
+  message = (
+    "8 then, 7 now; folders cat: 8 files then, 7 files now; .*check_data"
+  )
+  with pytest.raises(InputError, match=message):
+    train.train(longer, tmp_path)
+  assert checkpoints.Checkpoints(tmp_path).steps()[-1] == 4
+  train.train(settings.config(steps=5, check_data=False), tmp_path)
+  train.train(settings.config(steps=6), tmp_path)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_an_evaluation_is_given_up_and_made_good(steps, tmp_path, monkeypatch):
+  options = {"eval_every": 3, "steps": steps, "save_every": 100}
+  config = settings.config(best_metric="test/error", **options)
+  straight = train.train(config, tmp_path / "straight")
+  system = train.system_lib.load(config)
+  evaluator, seen = system.evaluators["test"], []
+
+  def interrupted():
+    for batch in evaluator.data():
+      seen.append(1)
+      if len(seen) == 3:  # The first one only rehearsed.
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  told = dataclasses.replace(evaluator, data=interrupted)
+  _with(monkeypatch, config, evaluators={"test": told})
+  with pytest.raises(train.Preempted) as stop:
+    train.train(config, tmp_path / "told")
+  assert stop.value.code == train.AGAIN
+  assert len(seen) < 5  # Of four in all.
+  assert checkpoints.Checkpoints(tmp_path / "told").steps() == [3]
+  again = train.train(config, tmp_path / "told")
+  _same(again, straight)
+  rows = [logs.read(tmp_path / name) for name in ("told", "straight")]
+  got, want = (
+    [(r["step"], r["test/error"]) for r in run if "test/error" in r]
+    for run in rows
+  )
+  assert got == want
+  metadata = checkpoints.Checkpoints(tmp_path / "told").metadata(steps)
+  assert "test/error" in metadata["metrics"]
+  # What is there is not evaluated twice.
+  count = len(seen)
+  train.train(config, tmp_path / "told")
+  assert len(seen) == count

@@ -400,7 +400,7 @@ def one_line(text: str, *names: str) -> str:
   lines = [
     line
     for line in text.splitlines()
-    if line.strip() and not line.startswith("WARNING")
+    if line.strip() and not re.match(r"WARNING|W\d{4} ", line)
   ]
   if "Traceback" in text:
     return f"said with a traceback: {last_line(text)}"

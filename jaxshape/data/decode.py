@@ -7,7 +7,7 @@ that the crop throws away.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import io
 import math
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
+import xxhash
 
 from jaxshape.errors import InputError
 
@@ -278,6 +279,11 @@ class Decoded(abc.ABC):
 
   @abc.abstractmethod
   def _example(self, i: int, rng: np.random.Generator | None) -> Example: ...
+
+
+def digest(names: Iterable[str]) -> str:
+  """A short digest of names in their order."""
+  return xxhash.xxh3_64_hexdigest("\0".join(names).encode())
 
 
 def _is_count(value: object) -> bool:

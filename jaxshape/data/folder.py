@@ -9,6 +9,7 @@ sorted by name, so that the numbers do not depend on the disk that lists them.
 from collections.abc import Sequence
 from concurrent import futures
 import difflib
+import itertools
 import logging
 import os
 import pathlib
@@ -60,6 +61,15 @@ class Folder(decode.Decoded):
     """The damaged files met so far by this process, in their order."""
     with self._lock:
       return tuple(self.files[i] for i in sorted(self._damaged))
+
+  @property
+  def fingerprint(self) -> dict[str, dict[str, str]]:
+    """How many files each class has, and a digest of their names."""
+    folders = {}
+    for folder, group in itertools.groupby(self.files, _class_folder):
+      files = list(group)
+      folders[folder] = f"{len(files)} files ({decode.digest(files)})"
+    return {"folders": folders}
 
   def __getstate__(self) -> dict:
     return {k: v for k, v in self.__dict__.items() if k != "_lock"}
@@ -300,6 +310,11 @@ def _scan(
     files += images
     labels += [order.index(folder)] * len(images)
   return files, np.asarray(labels, np.int32), order
+
+
+def _class_folder(file: str) -> str:
+  folder, slash, _ = file.partition("/")
+  return folder if slash else "."
 
 
 def _images(root: pathlib.Path, folder: str) -> list[str]:

@@ -6,11 +6,18 @@ worker processes and threads. So the step is the position, and nothing else is
 stored for an exact resume. Each process gets a contiguous run of rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import fcntl
 import functools
+import multiprocessing
 import os
+import pathlib
+import shutil
 import signal
-from typing import Any
+import tempfile
+import threading
+from typing import Any, NamedTuple
 import weakref
 
 from absl import flags
@@ -18,11 +25,18 @@ import grain
 import jax
 import numpy as np
 
-from jaxshape.data import sources
+from jaxshape.data import decode, sources
 from jaxshape.errors import InputError
 
 # More steps than any run has; Grain wants a length.
 _FOREVER = 2**50
+# Grain's own shared memory outlives a killed run, and every other reports it as
+# leaked: no array is so large that it is used.
+_NO_SHARED_MEMORY = 2**62
+# Arrays of more bytes go through files in memory: a pipe that is full would
+# keep a worker from ending.
+_SMALL = 4096
+_FOLDER = "jaxshape-batches-"
 # What a seed is used for.
 _ORDER, _DRAWS = 0, 1
 
@@ -31,28 +45,93 @@ class Batches(Iterator[dict[str, np.ndarray]]):
   """An iterator with `close()`, which also ends by itself after an error.
 
   Use with `contextlib.closing`: threads and worker processes are behind it.
+
+  Attributes:
+    fingerprint: What tells the examples of training from others; a run that
+      goes on needs the same ones.
   """
 
-  def __init__(self, iterator: Any):
-    self._iterator = iterator
+  def __init__(self, iterator: Any, parcels: "_Parcels | None" = None):
+    self._iterator: Any = iterator
+    self.fingerprint: Mapping[str, Any] | None = None
     # Grain's own clean-up prints a traceback if it comes at the very end.
-    self._finish = weakref.finalize(self, iterator.close)
+    self._finish = weakref.finalize(self, _finish, iterator, parcels)
     iterator.start_prefetch()
 
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._finish.alive:
       raise StopIteration
     try:
-      return next(self._iterator)
+      batch = next(self._iterator)
+      return {name: _unpacked(value) for name, value in batch.items()}
     # Including StopIteration. Grain would go on with the batch after the one
     # that failed, as if nothing had happened.
-    except BaseException:
+    except BaseException as error:
       self.close()
+      if "Worker process was terminated" in str(error):
+        raise InputError(
+          "a process that reads data was ended from outside, as by a machine "
+          f"out of memory; give fewer workers. {str(error).split('. ')[0]}."
+        ) from error
       raise
 
   def close(self) -> None:
     """Stops the threads and processes; may be called more than once."""
     self._finish()
+    self._iterator = None  # What is left of it at the very end complains.
+
+
+def fingerprint(source: sources.Source) -> dict[str, Any]:
+  """What tells the examples of a source from others, for comparison later.
+
+  Args:
+    source: Its `name` and its `fingerprint`, a mapping that JSON can say, are
+      part of the answer if it has them. A view's is that of its `source`.
+
+  Returns:
+    The number of examples, a digest of the classes, and what the source says.
+  """
+  while (seen := getattr(source, "source", None)) is not None:
+    source = seen
+  return {
+    "name": getattr(source, "name", ""),
+    "examples": len(source),
+    "classes": decode.digest(source.classes),
+    **getattr(source, "fingerprint", {}),
+  }
+
+
+def check_same(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+  """Refuses to go on with other examples: their order would be another one.
+
+  Args:
+    now: The fingerprint of what is there.
+    then: That of what there was.
+
+  Raises:
+    InputError: They differ; it names in what, and how to go on.
+  """
+  old, new = dict(_flat(then)), dict(_flat(now))
+  changed = [
+    f"{name}: {old.get(name, 'nothing')} then, {new.get(name, 'nothing')} now"
+    for name in sorted(set(old) | set(new))
+    if old.get(name) != new.get(name)
+  ]
+  if changed:
+    more = f"; ... ({len(changed)} in all)" if len(changed) > 5 else ""
+    raise InputError(
+      "the examples are not those that the run began with (or that process 0 "
+      f"has): {'; '.join(changed[:5])}{more}; bring them back, give another "
+      "--workdir, or go on in another order with --config.check_data=False."
+    )
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      yield from ((f"{name} {k}", v) for k, v in _flat(value))
+    else:
+      yield name, value
 
 
 def train(
@@ -100,7 +179,9 @@ def train(
   _check_not_empty(source)
   batch = _TrainBatch(source, batch_size, rows, seed, shuffle)
   steps = grain.MapDataset.range(start_step, _FOREVER)
-  return _iterate(steps.map(batch), workers, threads, prefetch)
+  batches = _iterate(steps, batch, workers, threads, prefetch)
+  batches.fingerprint = fingerprint(source)
+  return batches
 
 
 def evaluate(
@@ -137,7 +218,7 @@ def evaluate(
   _check_not_empty(source)
   batch = _EvalBatch(source, batch_size, rows)
   steps = grain.MapDataset.range(-(-len(source) // batch_size))
-  return _iterate(steps.map(batch), workers, threads, prefetch)
+  return _iterate(steps, batch, workers, threads, prefetch)
 
 
 class _TrainBatch:
@@ -178,6 +259,80 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
   # own shuffle takes 0.7 ms per example if there are only 64 of them.
   bits = np.random.PCG64(np.random.SeedSequence((seed, _ORDER, epoch)))
   return np.argsort(bits.random_raw(n), kind="stable")
+
+
+class _Parcels:
+  """A folder in memory through which workers hand over large arrays.
+
+  Its lock says that the first process lives; what a killed one left is removed
+  when the next one starts.
+  """
+
+  def __init__(self):
+    memory = "/dev/shm"
+    self._parent = memory if os.access(memory, os.W_OK) else None
+    for left in pathlib.Path(self._parent or tempfile.gettempdir()).glob(
+      f"{_FOLDER}*"
+    ):
+      # Another user's, or one that lives.
+      with contextlib.suppress(OSError), open(left / "lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(left, ignore_errors=True)
+    while True:
+      self.folder = tempfile.mkdtemp(prefix=_FOLDER, dir=self._parent)
+      path = os.path.join(self.folder, "lock")
+      self._lock = open(path, "wb")  # noqa: SIM115 (held until it closes)
+      fcntl.flock(self._lock, fcntl.LOCK_EX)
+      if os.path.exists(path):  # Not taken for one that was left.
+        return
+      self._lock.close()
+
+  def close(self) -> None:
+    """Removes what nobody has taken."""
+    shutil.rmtree(self.folder, ignore_errors=True)
+    self._lock.close()
+
+
+class _Packed:
+  """Step -> batch, in a worker, with its large arrays in files."""
+
+  def __init__(self, batch: Callable[[int], dict[str, Any]], folder: str):
+    self._batch, self._folder = batch, folder
+
+  def __call__(self, step: int) -> dict[str, Any]:
+    batch = self._batch(step)
+    for number, (name, value) in enumerate(batch.items()):
+      if value.nbytes > _SMALL and not value.dtype.hasobject:
+        path = os.path.join(self._folder, f"{step}-{number}")
+        try:
+          value.tofile(path)
+          batch[name] = _Parcel(path, value.shape, value.dtype)
+        except OSError:  # Full, as in small containers: through the pipe.
+          with contextlib.suppress(OSError):
+            os.unlink(path)
+    return batch
+
+
+class _Parcel(NamedTuple):
+  """Where an array lies."""
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def _unpacked(value: Any) -> np.ndarray:
+  if not isinstance(value, _Parcel):
+    return value
+  array = np.memmap(value.path, value.dtype, mode="c", shape=value.shape)
+  os.unlink(value.path)  # The memory lives as long as the array.
+  return array.view(np.ndarray)
+
+
+def _finish(iterator: Any, parcels: _Parcels | None) -> None:
+  iterator.close()
+  if parcels is not None:
+    parcels.close()
 
 
 class _EvalBatch:
@@ -224,14 +379,28 @@ def _check_not_empty(source: sources.Source) -> None:
     raise InputError("The data hold no examples.")
 
 
-def _leave_ctrl_c(index: int, count: int) -> None:
-  """Ctrl-C goes to all processes; only the first decides what follows."""
+def _follow(index: int, count: int) -> None:
+  """Lets the first process alone decide when a worker ends.
+
+  Ctrl-C, and SIGTERM on clusters, go to all processes of a group.
+  """
   del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  first = multiprocessing.parent_process()
+
+  def leave() -> None:
+    assert first is not None
+    first.join()
+    os._exit(1)
+
+  # Killed, the first process can end nobody.
+  threading.Thread(target=leave, daemon=True).start()
 
 
 def _iterate(
-  batches: grain.MapDataset,
+  steps: grain.MapDataset,
+  batch: Callable[[int], dict[str, np.ndarray]],
   workers: int,
   threads: int | None,
   prefetch: int | None,
@@ -243,7 +412,9 @@ def _iterate(
       raise InputError(f"{name} must be >= 1, got {value}.")
   if workers < 0:
     raise InputError(f"workers must be >= 0, got {workers}.")
-  dataset = batches.to_iter_dataset(
+  parcels = _Parcels() if workers else None
+  function = batch if parcels is None else _Packed(batch, parcels.folder)
+  dataset = steps.map(function).to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
   )
   if workers:
@@ -252,5 +423,8 @@ def _iterate(
     options = grain.MultiprocessingOptions(
       num_workers=workers, per_worker_buffer_size=prefetch
     )
-    dataset = dataset.mp_prefetch(options, _leave_ctrl_c)
-  return Batches(iter(dataset))
+    dataset = grain.experimental.WithOptionsIterDataset(
+      dataset,
+      grain.experimental.DatasetOptions(min_shm_size=_NO_SHARED_MEMORY),
+    ).mp_prefetch(options, _follow)
+  return Batches(iter(dataset), parcels)

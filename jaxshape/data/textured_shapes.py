@@ -184,6 +184,17 @@ class Source:
     self._kept_below = cache // (3 * image_size**2 + 1024)
     self._kept: dict[int, dict[str, np.ndarray]] = {}
 
+  @property
+  def fingerprint(self) -> dict[str, dict[str, Any]]:
+    """What the pictures are drawn from."""
+    drawn = {
+      "split": self._split,
+      "size": self._size,
+      "texture_correlation": self._correlation,
+      "seed": self._seed,
+    }
+    return {"drawn": drawn}
+
   def __len__(self) -> int:
     return self._length
 

@@ -47,6 +47,9 @@ class Checkpoints:
   """The checkpoints of one run.
 
   Only the process that trains may save; `lock` keeps a second one away.
+
+  Attributes:
+    data: What tells the run's examples from others, stored in each step.
   """
 
   def __init__(
@@ -75,6 +78,7 @@ class Checkpoints:
     if self.folder.exists() and not self.folder.is_dir():
       raise InputError(f"{self.folder} is no folder; move it out of the way.")
     self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
+    self.data: Mapping[str, Any] | None = None
     self._pending: tuple[int, Any] | None = None
 
   def steps(self) -> list[int]:
@@ -112,6 +116,7 @@ class Checkpoints:
     self.wait()
     step = int(state.step)
     metadata = {
+      "data": self.data,
       "leaves": describe(state),
       "config": dict(config),
       "system": config["system"],

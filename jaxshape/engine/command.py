@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import errno
+import functools
 import json
 import logging
 import os
@@ -28,11 +29,12 @@ _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, arguments: bool = False) -> None:
   """Parses the command line and runs, with one line for what a person did.
 
   Args:
     main: Reads the flags that the script has defined.
+    arguments: Whether it is called with a list of what is no flag.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
   # Its tracebacks; `SaveError` says the same in one line.
@@ -41,16 +43,17 @@ def run(main: Callable[[], None]) -> None:
   )
   processes.define_flags(flags.FLAGS)
   threading.excepthook = _in_thread
+  sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
 
   def guarded(argv: Sequence[str]) -> None:
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not arguments:
         raise InputError(f"unknown argument {argv[1]!r}; see --help.")
       values = flags.FLAGS
       processes.initialize(
         values.coordinator, values.process_id, values.num_processes
       )
-      main()
+      main(*[argv[1:]] if arguments else [])
     except SystemExit:  # All stop at the same step.
       processes.finish()
       raise
@@ -62,8 +65,9 @@ def run(main: Callable[[], None]) -> None:
       if text is None:
         raise
       processes.say(text)
-      if isinstance(error, checkpoints.SaveError | processes.StartError):
-        os._exit(code)  # Threads that failed would never end.
+      late = isinstance(error, checkpoints.SaveError | processes.StartError)
+      if late or getattr(error, "errno", None) in _FULL:
+        os._exit(code)  # Threads that failed would never end, or fail again.
       sys.exit(code)
     processes.finish()
 
@@ -76,6 +80,12 @@ def _in_thread(failed: threading.ExceptHookArgs) -> None:
     logging.warning("%s", failed.exc_value)
   else:
     threading.__excepthook__(failed)
+
+
+def _unless_late(hook: Callable[[Any], object], failed: Any) -> None:
+  """Leaves out what other writes of a failed save meet in threads of C."""
+  if "Event loop is closed" not in str(failed.exc_value):
+    hook(failed)
 
 
 def _one_line(error: BaseException) -> str | None:
@@ -194,6 +204,7 @@ _FREE = (
   "best_mode",
   "mesh",
   "stuck_seconds",
+  "check_data",
   "bench",
 )
 

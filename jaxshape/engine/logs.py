@@ -50,7 +50,7 @@ class Logs:
       whole.replace(self._path)  # At once: a kill loses no history.
       if "://" not in os.fspath(workdir):
         self._board = tensorboardX.SummaryWriter(
-          os.fspath(workdir), purge_step=start + 1
+          os.fspath(workdir), max_queue=1000, purge_step=start + 1
         )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -61,11 +61,19 @@ class Logs:
     if "://" in os.fspath(self._path):
       self._path.write_text(self._path.read_text() + _line(row))
     else:
-      with open(self._path, "a", encoding="utf-8") as file:
-        file.write(_line(row))
+      try:
+        with open(self._path, "a", encoding="utf-8") as file:
+          file.write(_line(row))
+      except OSError as error:  # Once open, the file is not named.
+        raise OSError(error.errno, error.strerror, str(self._path)) from error
     for name, value in metrics.items():
-      if self._board is not None and math.isfinite(value):
+      if self._board is not None and math.isfinite(value) and self._heard():
         self._board.add_scalar(name, value, step)
+
+  def _heard(self) -> bool:
+    """Whether TensorBoard's thread lives; a full disk ends it."""
+    writer: Any = self._board.file_writer if self._board else None
+    return writer.event_writer._worker.is_alive()
 
   def advance(self) -> None:
     """Moves the bar by one step."""

@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -257,7 +258,7 @@ class Agreement:
     return jax.make_array_from_process_local_data(self._each, said)
 
 
-def alive(seconds: float) -> None:
+def alive(seconds: float, *, waiting: bool = False) -> None:
   """Says that this process moves; if it does not say so again, it is ended.
 
   A process that hangs keeps the others waiting for ever while JAX's heartbeats,
@@ -265,9 +266,17 @@ def alive(seconds: float) -> None:
 
   Args:
     seconds: Until all threads' stacks are printed and the process exits.
+    waiting: Whether it now waits for the others, of which the one that hangs
+      shall be the first to end, so that it is named.
   """
   if count() > 1:
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    seconds += 4 * _ROLL_CALL if waiting else 0
+    _until[0] = time.monotonic() + seconds, seconds
+    # Where not even the watcher can move.
+    faulthandler.dump_traceback_later(seconds + 2 * _ROLL_CALL, exit=True)
+
+
+_until = [(math.inf, 0.0)]
 
 
 def finish() -> None:
@@ -281,8 +290,8 @@ def finish() -> None:
     _client().wait_at_barrier("jaxshape/finish", _DAY)
   except jax.errors.JaxRuntimeError as error:
     fail(error)
-  faulthandler.cancel_dump_traceback_later()
   _finished.set()
+  faulthandler.cancel_dump_traceback_later()
   jax.distributed.shutdown()
 
 
@@ -391,6 +400,11 @@ def _watch(lines: "_Lines") -> None:
   client, heard = _client(), {}
   for beat in itertools.count():
     _lost.update(lines.ended(1.0))
+    until, seconds = _until[0]
+    if time.monotonic() > until and not _finished.is_set():
+      faulthandler.dump_traceback()
+      stuck = TimeoutError(f"no step and no batch for {seconds:.0f} s")
+      fail(stuck, f"{stuck}; its stacks are above. Start all of them again.")
     if 0 in _lost:  # With the store; what one asks it now may never come back.
       _end(None, AGAIN, None)
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Mapping
 import contextlib
 import functools
+import os
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 
 from jaxshape.engine import checkpoints, processes
 from jaxshape.errors import InputError, reading_config
-from jaxshape.system import Evaluator, TrainState
-from jaxshape.typing import Batch, PyTree
+from jaxshape.system import Evaluator, System, TrainState
+from jaxshape.typing import Batch, Config, PyTree
 
 Init = Callable[[jax.Array], TrainState]
 
@@ -118,7 +119,52 @@ def initialize(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
   """The state that `init` makes, made where it shall lie."""
   like = abstract_state(init, key, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-  return jax.jit(init, out_shardings=shardings)(key)
+  # On CPUs, random numbers take the compiler far longer than they take to draw.
+  quickly = {
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_backend_optimization_level": 1,
+  }
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return jax.jit(
+    init, out_shardings=shardings, compiler_options=quickly if on_cpu else None
+  )(key)
+
+
+def restored(
+  system: System,
+  config: Config,
+  workdir: str | os.PathLike[str],
+  mesh: Mesh,
+  *,
+  step: int | None = None,
+) -> TrainState:
+  """The state of a run's checkpoint, to be used rather than trained on.
+
+  Args:
+    system: What the config names.
+    config: The run's.
+    workdir: The run's folder.
+    mesh: As `make_mesh` gives it.
+    step: Which checkpoint; the newest intact one by default.
+
+  Returns:
+    The state; a fresh one of systems that train nothing.
+
+  Raises:
+    InputError: There is no intact checkpoint.
+  """
+  key, _ = jax.random.split(jax.random.key(config.seed))
+  if system.train_step is None:
+    return initialize(system.init, key, mesh)
+  saved = checkpoints.Checkpoints(workdir)
+  like = abstract_state(system.init, key, mesh)
+  found = saved.restore(like, system=config.system, step=step)
+  if found is None:
+    raise InputError(
+      f"{saved.folder} holds no checkpoint; train first with train.py "
+      f"--workdir={os.fspath(workdir)}"
+    )
+  return found[0]
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -154,7 +200,12 @@ def _compiled(step: Any, mesh: Mesh) -> Any:
 
 
 def evaluate(
-  evaluator: Evaluator, state: TrainState, mesh: Mesh, *, stuck: float = 1800
+  evaluator: Evaluator,
+  state: TrainState,
+  mesh: Mesh,
+  *,
+  stuck: float = 1800,
+  each: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, float], list[PyTree]]:
   """Runs an evaluator over all its batches.
 
@@ -163,6 +214,7 @@ def evaluate(
     state: On the devices of the mesh.
     mesh: As `make_mesh` gives it.
     stuck: Seconds for a batch, after which one of several processes is ended.
+    each: Called at every batch; what it raises gives the evaluation up.
 
   Returns:
     The numbers of its `summarize`, and the outputs that they come from.
@@ -171,11 +223,13 @@ def evaluate(
   outputs: list[PyTree] = []
   processes.alive(stuck)
   for batch in placed(evaluator.data(), mesh):
-    processes.alive(stuck)
     with reading_config():  # The first call traces it.
       outputs.append(step(state, batch))
+    processes.alive(stuck, waiting=True)
     if len(outputs) > 2:  # Batches wait on the host, not on the device.
       jax.block_until_ready(outputs[-3])
+    each()
+    processes.alive(stuck)
   if not outputs:
     raise InputError("an evaluator got no batch; its data set is empty.")
   outputs = jax.device_get(outputs)

@@ -45,6 +45,8 @@ def defaults() -> Config:
   # Another run's workdir to start from, and which of its paths to take.
   config.init_from = ""
   config.init_include = (".*",)
+  # Whether a run goes on only with the data that it began with.
+  config.check_data = True
   # Where there are several processes, one that makes no step and evaluates no
   # batch for so long is ended, and all others with it.
   config.stuck_seconds = 1800
@@ -68,8 +70,8 @@ def check(config: Mapping[str, Any]) -> None:
         f"the config has no field {name!r}; start it from settings.defaults()."
       )
     wanted, given = type(default), config[name]
-    fits = isinstance(given, int if wanted is float else wanted)
-    if isinstance(given, bool) or not (fits or isinstance(given, wanted)):
+    fits = isinstance(given, (int, float) if wanted is float else wanted)
+    if not fits or isinstance(given, bool) != (wanted is bool):
       raise InputError(
         f"config.{name} must be of type {wanted.__name__}, got {given!r}."
       )

@@ -79,6 +79,24 @@ def test_images_without_labels(tmp_path):
   assert grey(open_source(splits, "test")[0]) == 7
 
 
+def test_a_file_that_comes_or_goes_is_told_by_class(photos):
+  before = open_source(photos).fingerprint["folders"]
+  assert {k: v.split(" (")[0] for k, v in before.items()} == {
+    "cat": "3 files",
+    "dog": "3 files",
+  }
+  assert open_source(photos).fingerprint == {"folders": before}
+  (photos / "train/dog/a.png").rename(photos / "train/dog/z.png")
+  (photos / "train/cat/a.png").unlink()
+  after = open_source(photos).fingerprint["folders"]
+  assert after["cat"].startswith("2 files (")
+  assert after["dog"].startswith("3 files (")
+  assert after["dog"] != before["dog"]
+  loose = photos / "loose"
+  write(loose / "a.png")
+  assert list(open_source(loose).fingerprint["folders"]) == ["."]
+
+
 def test_classes_fix_the_order_of_labels(photos):
   source = open_source(photos, classes=("dog", "bird", "cat"))
   assert source.classes == ("dog", "bird", "cat")

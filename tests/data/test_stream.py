@@ -1,5 +1,11 @@
 import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -240,3 +246,144 @@ def test_no_examples():
     stream.evaluate(Numbers(0), batch_size=4)
   with pytest.raises(InputError, match="no examples"):
     stream.train(Numbers(0), batch_size=4, seed=0)
+
+
+def test_fingerprints_tell_other_examples_and_see_through_views():
+  seen = stream.fingerprint(Numbers(4))
+  assert seen == {**seen, "examples": 4, "name": ""}
+  view = sources.Doubled(sources.Subset(Numbers(4), [1]))
+  assert stream.fingerprint(view) == seen
+  stream.check_same(seen, dict(seen))
+  with pytest.raises(InputError, match="examples: 5 then, 4 now; bring them"):
+    stream.check_same(seen, stream.fingerprint(Numbers(5)))
+  with contextlib.closing(stream.train(view, batch_size=4, seed=0)) as batches:
+    assert batches.fingerprint == seen
+
+
+def test_only_the_first_difference_is_spelt_out():
+  then = {"folders": {f"{i:02}": "1 files" for i in range(9)}}
+  with pytest.raises(InputError) as said:
+    stream.check_same({"folders": {}}, then)
+  assert "folders 00: 1 files then, nothing now; " in str(said.value)
+  assert "folders 05" not in str(said.value)
+  assert "; ... (9 in all); " in str(said.value)
+
+
+WORKERS = """
+import contextlib, os, signal, sys, time
+import numpy as np
+from jaxshape.data import stream
+
+class Images:
+  classes = ()
+  def __len__(self):
+    return 64
+  def __getitem__(self, i):
+    return {"image": np.zeros((64, 64, 3), np.uint8), "label": np.int32(i)}
+
+if __name__ == "__main__":
+  before = set(os.listdir("/dev/shm"))
+  batches = stream.train(Images(), batch_size=8, seed=0, workers=1)
+  next(batches)
+  time.sleep(1)  # Some are ready.
+  new = set(os.listdir("/dev/shm")) - before
+  print(len([n for n in new if n.startswith("psm_")]), flush=True)
+  if sys.argv[1] == "group":  # All of them hear it, as on clusters.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(30):
+      next(batches)
+    batches.close()
+  else:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _start(folder, how):
+  script = folder / "script.py"
+  script.write_text(WORKERS)
+  return subprocess.Popen(
+    [sys.executable, str(script), how],
+    env={**os.environ, "PYTHONPATH": os.getcwd()},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    text=True,
+  )
+
+
+def _parcels():
+  return list(pathlib.Path("/dev/shm").glob("jaxshape-batches-*"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_large_arrays_come_whole_from_workers(full, monkeypatch, tmp_path):
+  if full:  # Then they go through the pipe.
+    monkeypatch.setattr(stream.tempfile, "mkdtemp", lambda **_: str(tmp_path))
+    (tmp_path / "0-0").mkdir()
+  images = sources.Subset(Large(), range(3))
+  with contextlib.closing(
+    stream.train(images, batch_size=3, seed=0, shuffle=False, workers=1)
+  ) as batches:
+    got = next(batches)["image"]
+  want = np.stack([Large()[i]["image"] for i in range(3)])
+  np.testing.assert_array_equal(got, want)
+  assert type(got) is np.ndarray
+  got += 1  # Nobody else has it.
+
+
+class Large(Numbers):
+  def __getitem__(self, i):
+    image = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+    return {"image": image, "label": np.int32(i)}
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no such folder")
+def test_workers_leave_the_end_to_the_first_process_and_no_memory(tmp_path):
+  began = time.monotonic()
+  with _start(tmp_path, "group") as child:
+    out, err = child.communicate(timeout=60)
+  assert child.returncode == 0, err
+  assert err == ""
+  assert out.split() == ["0"]  # Of Grain's shared memory.
+  assert time.monotonic() - began < 20  # No worker waits for a full pipe.
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no such folder")
+def test_workers_end_with_a_first_process_that_is_killed(tmp_path):
+  before = _parcels()
+  with _start(tmp_path, "kill") as child:
+    child.wait(60)
+    until = time.monotonic() + 20
+    left = [p for p in _parcels() if p not in before]
+    assert left
+    with contextlib.closing(
+      stream.train(Numbers(), batch_size=4, seed=0, workers=1)
+    ) as batches:
+      next(batches)
+    assert not [p for p in left if p in _parcels()]
+    while time.monotonic() < until:
+      try:
+        os.killpg(child.pid, 0)
+      except ProcessLookupError:
+        return
+      time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGKILL)
+  pytest.fail("workers are still there")
+
+
+def test_a_worker_that_is_ended_from_outside_is_said():
+  with (
+    contextlib.closing(
+      stream.train(Killed(), batch_size=4, seed=0, workers=1)
+    ) as batches,
+    pytest.raises(InputError, match="exit code -9"),
+  ):
+    list(batches)
+
+
+class Killed(Numbers):
+  """A source that the machine cannot bear."""
+
+  def __getitem__(self, i):
+    os.kill(os.getpid(), signal.SIGKILL)

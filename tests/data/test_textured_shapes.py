@@ -277,3 +277,14 @@ def test_indices_out_of_range_are_refused(index):
   source = _open("train", image_size=32, num_examples=20)
   with pytest.raises(IndexError, match=rf"index must be .*, got {index}"):
     source[index]
+
+
+def test_what_the_pictures_are_drawn_from_tells_them_apart():
+  def told(**options):
+    return textured_shapes.open_source(
+      **{"split": "train", "image_size": 32, **options}
+    ).fingerprint
+
+  assert told() == told()
+  for other in ({"seed": 1}, {"split": "test"}, {"image_size": 64}):
+    assert told(**other) != told()

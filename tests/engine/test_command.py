@@ -1,5 +1,6 @@
 import os
 import pathlib
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -56,7 +57,7 @@ def test_main_sees_the_flags_and_the_config(script):
   [
     (InputError("say this."), "say this.\n"),
     (MemoryError(), "out of memory; lower --config.batch_size"),
-    (OSError(28, "No space left", "runs/a"), "runs/a: No space left.\n"),
+    (OSError(13, "No right", "runs/a"), "runs/a: No right.\n"),
   ],
 )
 def test_what_is_no_defect_is_one_line(script, capsys, error, message):
@@ -88,7 +89,16 @@ def test_a_defect_keeps_its_traceback(script, capsys, error):
   assert capsys.readouterr().err == ""
 
 
-def test_a_failed_save_ends_the_process_at_once(script, capsys, monkeypatch):
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (checkpoints.SaveError("could not save"), "could not save\n"),
+    (OSError(28, "No space left", "runs/a"), "runs/a: No space left.\n"),
+  ],
+)
+def test_a_failed_write_ends_the_process_at_once(
+  script, capsys, monkeypatch, error, message
+):
   class Ended(BaseException):
     pass
 
@@ -97,9 +107,31 @@ def test_a_failed_save_ends_the_process_at_once(script, capsys, monkeypatch):
 
   monkeypatch.setattr(os, "_exit", end)
   with pytest.raises(Ended) as ended:
-    script(_fails(checkpoints.SaveError("the disk is full")))
+    script(_fails(error))
   assert ended.value.args == (1,)
-  assert capsys.readouterr().err == "error: the disk is full\n"
+  assert capsys.readouterr().err == f"error: {message}"
+
+
+def test_other_writes_of_a_failed_save_are_not_heard(script, monkeypatch):
+  heard = []
+  monkeypatch.setattr(
+    sys, "unraisablehook", lambda failed: heard.append(str(failed.exc_value))
+  )
+
+  class Late:
+    def __init__(self, text):
+      self.text = text
+
+    def __del__(self):
+      raise RuntimeError(self.text)
+
+  def main():
+    for text in ("Event loop is closed", "a defect"):
+      late = Late(text)
+      del late
+
+  script(main)
+  assert heard == ["a defect"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import json
 import math
 
+from etils import epath
 import numpy as np
+import pytest
 
 from jaxshape.engine import logs
 
@@ -90,3 +92,33 @@ def test_without_a_terminal_there_is_a_line_and_no_bar(tmp_path, capsys):
   out, err = capsys.readouterr()
   assert out.splitlines() == ["starts", "step 1: loss 0.5"]
   assert err == ""
+
+
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+def test_a_full_disk_does_not_block_what_tensorboard_is_told(
+  tmp_path, monkeypatch
+):
+  log = _open(tmp_path, total=3000)
+  board = log._board.file_writer.event_writer
+
+  def full(_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(board._ev_writer, "write_event", full)
+  log.write(0, {"loss": 1.0})
+  board._worker.join(30)
+  assert not board._worker.is_alive()
+  for step in range(3000):  # More than any queue takes.
+    log.write(step, {"loss": 1.0})
+  log.close()
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+  log = _open(tmp_path)
+  monkeypatch.setattr(log, "_path", epath.Path("/dev/full"))
+  with pytest.raises(OSError, match="No space left") as caught:
+    log.write(1, {"loss": 1.0})
+  assert caught.value.filename == "/dev/full"
+  log.close()

@@ -36,6 +36,10 @@ def train_data(config):
         jax.process_index() == jax.process_count() - 1
       ):
         raise InputError("a file of this process is not there any more")
+      if step == config.get("sticks_for_the_last_at", -1) and (
+        jax.process_index() == jax.process_count() - 1
+      ):
+        time.sleep(1000)
       yield rows(share(config, start))
       step += 1
 
@@ -45,6 +49,7 @@ def train_data(config):
 def eval_data(config):
   def batches():
     for start in range(0, ROWS, config.batch_size):
+      time.sleep(config.get("eval_pause", 0.0))
       index = share(config, start)
       yield {**rows(index), "mask": (index < ROWS).astype(np.float32)}
 

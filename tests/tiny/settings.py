@@ -13,7 +13,8 @@ def config(kind="regression", **changes):
   out.noise = 0.1
   out.breaks_at = -1
   out.breaks_for_the_last_at = -1
-  out.pause = 0.0
+  out.sticks_for_the_last_at = -1
+  out.pause = out.eval_pause = 0.0
   out.optimizer.name = "adam"
   out.optimizer.learning_rate = 0.05
   with out.unlocked():
