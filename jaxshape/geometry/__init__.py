@@ -1,0 +1,1 @@
+"""Points, rays and pixels: where things of the world come to lie."""

@@ -1,0 +1,1 @@
+"""Functions of point sets: neighbours, and labels refined by them."""
