@@ -29,7 +29,9 @@ class Source(Protocol):
 
   A source may also have `sample(i, rng)`, an example with something drawn (a
   random box at full resolution), used in training; it is a pure function of its
-  arguments. An attribute `sample` that is None says that nothing is drawn.
+  arguments. An attribute `sample` that is None says that nothing is drawn. A
+  `fingerprint`, a mapping that JSON can say, tells its examples from others, so
+  that a run does not go on with other data.
   """
 
   @property
@@ -48,8 +50,9 @@ class Source(Protocol):
       i: Its number, from 0.
 
     Returns:
-      "image", uint8 [H, W, 3]; "label", an int32, -1 if unknown; maybe more.
-      Every key has the same shape in all examples.
+      Of images "image", uint8 [H, W, 3], and "label", an int32, -1 if unknown;
+      maybe more. Other kinds have other keys, such as the "points" of
+      `lidar_examples`. Every key has the same shape in all examples.
     """
     ...
 
@@ -58,7 +61,7 @@ def load(
   spec: str,
   *,
   split: str,
-  image_size: int,
+  image_size: int | None = None,
   data_dir: str | None = None,
   **options: object,
 ) -> Source:
@@ -69,7 +72,8 @@ def load(
       a path alone is a folder. The kind may be the full name of a module
       outside the package (one with a dot in it).
     split: Such as "train".
-    image_size: Height and width of the images.
+    image_size: Height and width of the images; kinds that hold no images do
+      not look at it.
     data_dir: Where prepared data lie, if not in the kind's usual place.
     **options: What else the kind's `open_source` takes.
 
@@ -77,7 +81,8 @@ def load(
     The source.
 
   Raises:
-    InputError: There is no such kind, option, data set or split.
+    InputError: There is no such kind, option, data set or split, or the kind
+      needs an `image_size`.
   """
   if not isinstance(spec, str) or not spec:
     raise InputError(
@@ -88,11 +93,15 @@ def load(
   if "/" in kind or kind[:1] in ("~", "."):
     kind, name = "folder", spec
   open_source = _opener(kind, spec)
-  accepted = [
-    p.name
+  parameters = {
+    p.name: p
     for p in inspect.signature(open_source).parameters.values()
     if p.kind is p.KEYWORD_ONLY
-    and p.name not in ("split", "image_size", "data_dir")
+  }
+  accepted = [
+    name
+    for name in parameters
+    if name not in ("split", "image_size", "data_dir")
   ]
   for option in options:
     if option not in accepted:
@@ -102,9 +111,12 @@ def load(
         f"data {kind!r} has no option {option!r}{hint}; there are: "
         + ", ".join(accepted)
       )
-  return open_source(
-    name, split=split, image_size=image_size, data_dir=data_dir, **options
-  )
+  size = parameters.get("image_size")
+  if size is not None and image_size is not None:
+    options["image_size"] = image_size
+  elif size is not None and size.default is size.empty:
+    raise InputError(f"data {kind!r} holds images and needs an image_size.")
+  return open_source(name, split=split, data_dir=data_dir, **options)
 
 
 def kinds() -> list[str]:
