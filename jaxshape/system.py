@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
+import numpy as np
 
 from jaxshape.errors import InputError, reading_config
 from jaxshape.typing import Batch, Config, Metrics, PyTree
@@ -66,6 +67,26 @@ class Evaluator:
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A state's parameters under the names of the paper's public code.
+
+  Attributes:
+    load: A state with those tensors; it names what is missing, what fits
+      nowhere, and what has another shape.
+    save: The tensors of a state, all that `load` needs.
+    parts: Where the public code keeps several files: the beginnings that the
+      names of each lack, by the file's name.
+  """
+
+  load: Callable[[TrainState, Tensors], TrainState]
+  save: Callable[[TrainState], Tensors]
+  parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
   """A paper as functions.
@@ -78,6 +99,7 @@ class System:
     train_data: Batches from a step on, those of this process only.
     evaluators: By name; the names prefix the reported numbers.
     refresh: A stage on the host between epochs (clustering, mining, pools).
+    weights: To and from files of the paper's public code.
   """
 
   init: Callable[[jax.Array], TrainState]
@@ -86,6 +108,7 @@ class System:
   train_data: Callable[[int], Iterator[Batch]]
   evaluators: Mapping[str, Evaluator]
   refresh: Callable[[TrainState], TrainState] | None = None
+  weights: Weights | None = None
 
 
 def names() -> list[str]:
