@@ -18,9 +18,8 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.filters import Case, Peer, report, step, timing
+from benchmarks.filters import Case, report, step, timing
 from benchmarks.filters.cases import CASES
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "filters"
@@ -70,38 +69,17 @@ def measure(
   row.goals = setup.goals
   calls: dict[str, Callable[[], Any]] = {"": ours}
   for name, peer in setup.peers.items():
-    row.peers[name], call = _compare(peer, result)
+    row.peers[name], call = report.compared(
+      peer,
+      lambda raw, margin=peer.margin: timing.difference(
+        result, timing.values(raw), margin=margin
+      ),
+    )
     if call is not None:
       calls[name] = call
   times = timing.interleaved(calls, rounds=rounds, least=least)
-  row.ms = 1e3 * min(times[""]) / count
-  for name in list(calls)[1:]:
-    beside, each = row.peers[name], times[name]
-    beside.ms, beside.rounds = 1e3 * min(each) / count, len(each)
-    beside.ratio = timing.ratio(times[""], each)
+  row.put_times(times, count=count)
   return row
-
-
-def _compare(
-  peer: Peer, result: np.ndarray
-) -> tuple[report.Beside, Callable[[], Any] | None]:
-  """What became of a peer, and its call if it is to be timed."""
-  try:
-    call = peer.make()
-  except ImportError:
-    return report.Beside(report.NOT_INSTALLED), None
-  try:
-    theirs = timing.values(call())
-  except Exception as error:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return report.Beside(f"does not run ({text})"), None
-  if peer.tolerance is None:
-    return report.Beside("other definition"), call
-  apart = timing.difference(result, theirs, margin=peer.margin)
-  if not apart <= peer.tolerance:
-    text = f"differs by {apart:.3g}, allowed is {peer.tolerance:g}"
-    return report.Beside(text, apart), None
-  return report.Beside("equal", apart), call
 
 
 def run(

@@ -1,6 +1,6 @@
 """The table of the measurements, for people and as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib.metadata
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from benchmarks import machine
-from benchmarks.filters import peers, step, timing
+from benchmarks.filters import Peer, peers, step, timing
 
 MISSING = "\N{EN DASH}"
 NOT_INSTALLED = "not installed"
@@ -28,6 +28,7 @@ class Beside:
     ms: Per image, the minimum over rounds.
     ratio: Our time by its time, the median over rounds.
     rounds: How many there were.
+    temporary_mb: The most memory of one call, where that was measured.
   """
 
   state: str
@@ -35,6 +36,7 @@ class Beside:
   ms: float | None = None
   ratio: float | None = None
   rounds: int = 0
+  temporary_mb: float | None = None
 
   @property
   def failed(self) -> bool:
@@ -75,6 +77,49 @@ class Row:
       return self.temporary_mb
     return self.peers[goal].ratio if goal in self.peers else None
 
+  def put_times(
+    self, times: Mapping[str, Sequence[float]], *, count: int = 1
+  ) -> None:
+    """Takes what `timing.interleaved` measured.
+
+    Args:
+      times: Ours under the name "", and the peers'.
+      count: Of images in a call.
+    """
+    ours = times[""]
+    self.ms = 1e3 * min(ours) / count
+    for name, each in times.items():
+      if name:
+        beside = self.peers[name]
+        beside.ms, beside.rounds = 1e3 * min(each) / count, len(each)
+        beside.ratio = timing.ratio(ours, each)
+
+
+def compared(
+  peer: Peer, difference: Callable[[Any], float]
+) -> tuple[Beside, Callable[[], Any] | None]:
+  """What became of a peer, and its call if it is to be timed.
+
+  Args:
+    peer: Any.
+    difference: Of its result to ours.
+  """
+  try:
+    call = peer.make()
+  except ImportError:
+    return Beside(NOT_INSTALLED), None
+  try:
+    apart = difference(call())
+  except Exception as error:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Beside(f"does not run ({text})"), None
+  if peer.tolerance is None:
+    return Beside("other definition"), call
+  if not apart <= peer.tolerance:
+    text = f"differs by {apart:.3g}, allowed is {peer.tolerance:g}"
+    return Beside(text, apart), None
+  return Beside("equal", apart), call
+
 
 def device() -> str:
   """What the filters run on, in words that name no machine."""
@@ -108,7 +153,7 @@ def versions() -> dict[str, str]:
   return found
 
 
-def _spell(value: float | None, form: str = ".2f") -> str:
+def spell(value: float | None, form: str = ".2f") -> str:
   """At least two digits that count, whatever the size."""
   if value is None:
     return MISSING
@@ -117,7 +162,8 @@ def _spell(value: float | None, form: str = ".2f") -> str:
   return f"{value:{form}}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """Markdown's lines of a table, numbers to the right."""
   rule = ["---", *("---:" for _ in head[1:])]
   return [
     "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
@@ -125,25 +171,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   ]
 
 
-def _ratio(peer: Beside | None) -> str:
+def ratio(peer: Beside | None) -> str:
+  """A peer's cell: our time by its time, or why there is none."""
   if peer is None:
     return MISSING
   if peer.failed:
     return "**wrong**"
   if peer.state == NOT_INSTALLED:
     return NOT_INSTALLED
-  return ("~" if peer.state == "other definition" else "") + _spell(peer.ratio)
+  return ("~" if peer.state == "other definition" else "") + spell(peer.ratio)
 
 
-def _fastest(row: Row) -> str:
+def fastest(row: Row) -> str:
+  """The fastest peer and its milliseconds."""
   timed = {k: p.ms for k, p in row.peers.items() if p.ms is not None}
   if not timed:
     return MISSING
   name = min(timed, key=lambda k: timed[k])
-  return f"{name} {_spell(timed[name])}"
+  return f"{name} {spell(timed[name])}"
 
 
-def _goal(row: Row) -> str:
+def goal(row: Row) -> str:
+  """The goals, and whether they are met."""
   cells = []
   for name, most in row.goals.items():
     reached = row.reached(name)
@@ -184,20 +233,20 @@ def markdown(
   columns += sorted({c for row in rows for c in row.peers} - set(columns))
   fast = [
     [
-      row.case, str(row.images), _spell(row.ms),
-      *(_ratio(row.peers.get(name)) for name in columns),
-      _fastest(row), _goal(row),
+      row.case, str(row.images), spell(row.ms),
+      *(ratio(row.peers.get(name)) for name in columns),
+      fastest(row), goal(row),
     ]
     for row in rows
   ]  # fmt: skip
   slow = [
     [
-      row.case, str(row.images), _spell(row.ms), _spell(row.limit_ms),
+      row.case, str(row.images), spell(row.ms), spell(row.limit_ms),
       row.limit_by or MISSING,
-      _spell(
+      spell(
         row.ms / row.limit_ms if row.ms and row.limit_ms else None, ".1f"
       ),
-      _spell(row.temporary_mb), _spell(row.first_call_s),
+      spell(row.temporary_mb), spell(row.first_call_s),
     ]
     for row in rows
   ]  # fmt: skip
@@ -227,7 +276,7 @@ def markdown(
     "loop where they know no batches; Kornia and torch run where JAX does, "
     "the others on the CPU. Goals were set before the filters were written.",
     "",
-    *_table(
+    *table(
       ["case", "images", "ms", *columns, "fastest peer, ms", "goals"], fast
     ),
     "",
@@ -240,7 +289,7 @@ def markdown(
     "Temporary memory is what the compiler reserves between input and output; "
     "the first call traces and compiles, without a cache.",
     "",
-    *_table(
+    *table(
       [
         "case", "images", "ms", "limit, ms", "by", "times the limit",
         "temporary MB", "first call, s",
@@ -272,7 +321,7 @@ def data(
   size: int,
 ) -> dict[str, Any]:
   """The same for programs; numbers that are not finite become None."""
-  return _finite(
+  return finite(
     {
       "command": command,
       "device": device(),
@@ -287,11 +336,12 @@ def data(
   )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+  """The same without numbers that JSON lacks."""
   if isinstance(value, Mapping):
-    return {k: _finite(v) for k, v in value.items()}
+    return {k: finite(v) for k, v in value.items()}
   if isinstance(value, list):
-    return [_finite(v) for v in value]
+    return [finite(v) for v in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None  # JSON has no NaN.
   return value

@@ -31,7 +31,8 @@ def _found(ours, plain=PLAIN):
 
 
 def _study(**claim):
-  made = claims.Claim("ours is ahead", "x/score", "ours", "plain", **claim)
+  given = {"better": "ours", "than": "plain", **claim}
+  made = claims.Claim("ours is ahead", "x/score", **given)
   return claims.Study(
     config="configs/some.py:small",
     variants={"plain": {"a.b": "c"}, "ours": {"a.b": "d", "e": (1, 2)}},
@@ -109,6 +110,14 @@ def test_verdicts(gains, options, signs, verdict):
   assert got[1] <= got[0] <= got[2]
 
 
+def test_a_stage_is_compared_with_the_same_network_without_it():
+  found = _found(_ours(0.1, 0.1, 0.1, 0.1, 0.1))
+  for row in found.values():
+    row["x/before"] = row["x/score"] - 0.3
+  got = _claim(found, than="ours", than_metric="x/before")
+  assert got[0] == pytest.approx(0.3)
+
+
 def test_one_seed_decides_nothing():
   found = _found(_ours(0.3)[:1], PLAIN[:1])
   mean, _, _, signs, verdict = _claim(found, seeds=(0,))
@@ -170,6 +179,7 @@ def test_studies_change_fields_that_exist_and_claim_what_is_measured(name):
   for claim in study.claims:
     assert {claim.better, claim.than} <= set(study.variants)
     assert claim.metric in study.metrics
+    assert claim.than_metric in (None, *study.metrics)
     assert claim.sign in (-1, 1)
   for metric in study.metrics:
     assert metric.split("/")[0] in names, metric
