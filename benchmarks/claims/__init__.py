@@ -14,6 +14,8 @@ class Claim:
     metric: "<evaluator>/<metric>".
     better: The variant that should be ahead.
     than: The variant it is compared with, trained on the same budget.
+    than_metric: The metric that `than` is measured by, where it is another:
+      what a stage adds to the very same network.
     sign: 1 if more of the metric is better, -1 if less is.
     margin: None to ask for a lead whose interval excludes 0; else how far
       `better` may fall behind and still count as "within noise".
@@ -23,6 +25,7 @@ class Claim:
   metric: str
   better: str
   than: str
+  than_metric: str | None = None
   sign: int = 1
   margin: float | None = None
 

@@ -178,7 +178,7 @@ def _judge(
       claim.sign
       * (
         found[seed, claim.better][claim.metric]
-        - found[seed, claim.than][claim.metric]
+        - found[seed, claim.than][claim.than_metric or claim.metric]
       )
       for seed in seeds
     ]

@@ -21,7 +21,12 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   workdir.mkdir(parents=True, exist_ok=True)
   log = (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
   sys.stdout = sys.stderr = log
-  import eval as evaluation  # noqa: PLC0415 (takes the log as its output)
+  import jax  # noqa: PLC0415 (takes the log as its output, like what follows)
+
+  # Seeds of one variant are one program.
+  cache = pathlib.Path(folder, "compiled")
+  jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+  import eval as evaluation  # noqa: PLC0415
   from jaxshape.engine import checkpoints  # noqa: PLC0415
   import train  # noqa: PLC0415
 
