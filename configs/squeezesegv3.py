@@ -12,8 +12,10 @@ Every variant of the paper is a value of `config.network`:
   Table 5, baseline        --config=...:rangenet_21
   Table 5, one loss        --config.network.heads=final
   Sec. 3, who wins a pixel --config.projection.keep=farthest
-  Sec. 5.2, heads, Eq. 5   --config.network.heads=encoder --config.loss.weights=
-                           log --config.loss.reduction=pixels
+  Sec. 5.2, heads          --config.network.heads=encoder
+  Eq. 5, class weights     --config.loss.weights=log; they are negative, so that
+                           with --config.loss.reduction=pixels, also of Eq. 5,
+                           the loss as printed rewards what is wrong
 """
 
 from ml_collections import ConfigDict
@@ -62,6 +64,8 @@ def get_config(mode: str = "ssgv3_21") -> Config:
   config.projection = ConfigDict()
   config.projection.keep = "nearest"  # Public code; "farthest" is Sec. 6.2.
   config.projection.rows = "public"  # Or "paper", Eq. 1.
+  config.projection.clamp = True  # Points above and below to the border rows.
+  config.projection.drop_first_point = True  # Public code.
   # Of range, x, y, z and remission, of filled pixels.
   config.mean = (12.12, 10.88, 0.23, -1.04, 0.21)
   config.std = (12.32, 11.47, 6.91, 0.86, 0.16)
@@ -79,16 +83,30 @@ def get_config(mode: str = "ssgv3_21") -> Config:
   config.knn.cutoff = 1.0
   config.crf = ConfigDict()  # Of SqueezeSegV2.
   config.crf.iterations = 0  # 3 there; 0 for none.
+  config.crf.form = "mean_field"  # Or "public", what its code computes.
+  config.crf.window = (3, 5)
   config.crf.sigma = 0.7  # Metres, as in the configs of RangeNet++.
+  config.crf.coefficient = 0.1
 
-  config.augment = ConfigDict()  # The public code has none.
+  config.augment = (
+    ConfigDict()
+  )  # The public code has none, as these do nothing.
+  config.augment.random_flip = ConfigDict({"probability": 0.0})
+  config.augment.random_rotation = ConfigDict({"degrees": 0.0})
+  config.augment.random_scale = ConfigDict({"scale": (1.0, 1.0)})
+  config.augment.random_jitter = ConfigDict({"sigma": 0.0})
+  config.augment.random_drop = ConfigDict({"share": (0.0, 0.0)})
   config.data = ConfigDict()
   config.data.source = "semantic_kitti:data/semantic_kitti"
   config.data.data_dir = ""
   config.data.train_split = "train"
   config.data.eval_splits = ("valid",)
   config.data.workers = 8
-  config.data.options = ConfigDict()
+  # Options of kinds of data; those that are None are the kind's own.
+  config.data.semantic_kitti = ConfigDict()
+  config.data.semantic_kitti.sequences = placeholder(tuple)  # (0, 3), say.
+  config.data.semantic_kitti.points = placeholder(int)
+  config.data.semantic_kitti.cache = placeholder(int)
   # A file like semantic-kitti.yaml, "semantic_kitti" or "nuscenes_lidarseg".
   config.labels = "semantic_kitti"
 
@@ -116,6 +134,11 @@ def get_config(mode: str = "ssgv3_21") -> Config:
     config.optimizer.factor = 0.99
     config.optimizer.decay_every = SCANS // 8
     config.optimizer.warmup_steps = SCANS // 8
+  if mode == "ssgv3_53":
+    # The public config has range and z in each other's place, and weights that
+    # were trained by it want the same.
+    config.mean = (-1.04, 10.88, 0.23, 12.12, 0.21)
+    config.std = (0.86, 11.47, 6.91, 12.32, 0.16)
   if mode in ("rangenet_21", "rangenet_53"):
     config.network.variant = "none"
     config.network.arrangement = "rangenet"
@@ -132,7 +155,7 @@ def get_config(mode: str = "ssgv3_21") -> Config:
     config.network.width = 4
     config.sensor.height = 16
     config.sensor.width = 64
-    config.data.options.num_examples = 20
+    config.update({"data": {"lidar_scenes": {"num_examples": 20}}})
     config.knn.window = 3
     config.knn.neighbours = 3
     config.batch_size = 8
@@ -151,14 +174,16 @@ def _generated(config: Config) -> None:
   config.data.source = "lidar_scenes"
   config.data.eval_splits = ("test",)
   config.data.workers = 0
-  config.data.options.beams = config.sensor.get_ref("height")
-  config.data.options.width = 2 * config.sensor.get_ref("width")
-  config.data.options.num_examples = placeholder(int)  # Of each split.
-  config.data.options.seed = 0
-  config.augment.random_flip = ConfigDict()
-  config.augment.random_rotation = ConfigDict()
+  config.data.lidar_scenes = ConfigDict()
+  config.data.lidar_scenes.beams = config.sensor.get_ref("height")
+  config.data.lidar_scenes.width = 2 * config.sensor.get_ref("width")
+  config.data.lidar_scenes.num_examples = placeholder(int)  # Of each split.
+  config.data.lidar_scenes.seed = 0
+  config.projection.drop_first_point = False
+  config.augment = ConfigDict({"random_flip": {"probability": 0.5}})
+  config.loss.epsilon = 0.02  # Few steps: rare classes must not drown the rest.
   config.batch_size = 4
-  config.steps = 500
+  config.steps = 400
   config.save_every = 200
   config.eval_every = 0
   config.best_metric = ""

@@ -41,6 +41,8 @@ from jaxshape.typing import Config
 # Of the range image's rows; below, the sensor has other beams than the config.
 _FEW_ROWS = 0.6
 _OUTSIDE = 0.05
+# Kinds of data that would read labels.
+_LABELLED = ("semantic_kitti", "nuscenes_lidarseg")
 
 
 def segment(
@@ -70,13 +72,16 @@ def segment(
   Raises:
     InputError: The scans cannot be read, or there is no checkpoint.
   """
+  if pictures < 0:
+    raise InputError(f"pictures must be at least 0, got {pictures}.")
   labels = lidar_labels.load(config.labels)
-  source: Any = sources.load(_spec(scans), split=split)
+  source = _source(scans, split)
+  output = pathlib.Path(output)
+  output.mkdir(parents=True, exist_ok=True)  # Before the network is made.
   mesh = runtime.make_mesh(config.mesh)
   system = system_lib.load(config)
   state = runtime.restored(system, config, workdir, mesh, step=step)
   predict = jax.jit(system.predict)
-  output = pathlib.Path(output)
   written, counts = [], np.zeros(len(labels.classes), np.int64)
   official = isinstance(source, semantic_kitti.SemanticKitti)
   began = time.perf_counter()
@@ -104,30 +109,36 @@ def segment(
   return written
 
 
-def _spec(scans: str) -> str:
-  """What a person types for a scan, as a kind of data."""
+def _source(scans: str, split: str) -> Any:
+  """The data that a person names by a path, or as "kind:name"."""
   kind, _, name = scans.partition(":")
-  if name and kind in sources.kinds():
-    return scans
-  return f"scans:{scans}"
+  if not name or kind not in sources.kinds():
+    return sources.load(f"scans:{scans}", split=split)
+  # Labels may be missing, and nothing here looks at them.
+  unread: dict[str, Any] = {"labelled": False} if kind in _LABELLED else {}
+  return sources.load(scans, split=split, **unread)
+
+
+def _project(
+  config: Config, points: np.ndarray, remission: np.ndarray | None
+) -> spherical.Projection:
+  """The range image, as the network sees it if it sees one."""
+  return spherical.project(
+    points, remission, **config.sensor, **config.get("projection", {})
+  )
 
 
 def _check_density(config: Config, points: np.ndarray) -> None:
   """Warns where a scan does not look like one of the sensor."""
-  sensor = config.sensor
-  seen = spherical.project(
-    points,
-    np.zeros(len(points), np.float32),
-    height=sensor.height,
-    width=sensor.width,
-    fov_up=sensor.fov_up,
-    fov_down=sensor.fov_down,
-  )
+  sensor, seen = config.sensor, _project(config, points, None)
+  if not np.asarray(seen.mask).any():
+    logging.warning("no point of the scan can be seen: all are 0 or no number.")
+    return
   rows = float(np.asarray(seen.mask).any(axis=1).mean())
   finite = points[np.isfinite(points).all(axis=1)]
   flat = np.linalg.norm(finite[:, :2], axis=1)
   pitch = np.degrees(np.arctan2(finite[:, 2], flat))
-  outside = (pitch > sensor.fov_up + 1) | (pitch < sensor.fov_down - 1)
+  outside = (pitch > sensor.fov_up + 1) | (pitch < -abs(sensor.fov_down) - 1)
   share = float(outside.mean()) if len(finite) else 0.0
   if rows < _FEW_ROWS or share > _OUTSIDE:
     logging.warning(
@@ -152,17 +163,9 @@ def _draw(
   said: np.ndarray,
   path: pathlib.Path,
 ) -> None:
-  sensor = config.sensor
   valid = np.asarray(batch["valid"][0], bool)
   points = np.asarray(batch["points"][0])[valid]
-  seen = spherical.project(
-    points,
-    np.asarray(batch["remission"][0])[valid],
-    height=sensor.height,
-    width=sensor.width,
-    fov_up=sensor.fov_up,
-    fov_down=sensor.fov_down,
-  )
+  seen = _project(config, points, np.asarray(batch["remission"][0])[valid])
   mask = np.asarray(seen.mask)
   pixels = said[np.where(mask, seen.index, 0)]
   there = np.unique(said)

@@ -65,8 +65,16 @@ def _tiny(**changes):
     ("init_include", ("(",), "config.init_include: '(' is no regular"),
     ("mesh.data", 3, "config.mesh must give sizes of data and model"),
     ("mesh.data", -2, "make up all 8 devices (one may be -1), got"),
-    ("system", "", "must be the name of a system, got ''; there are: squeezesegv3, texture"),
-    ("system", "nets", "config.system='nets' is no system; there are: squeezesegv3, texture"),
+    (
+      "system",
+      "",
+      "must be the name of a system, got ''; there are: squeezesegv3, texture",
+    ),
+    (
+      "system",
+      "nets",
+      "config.system='nets' is no system; there are: squeezesegv3, texture",
+    ),
     ("system", "no.where", "config.system='no.where' is no system"),
     ("optimizer.name", "x", "optimizer.name must be one of sgd, "),
     ("optimizer.schedule", "x", "optimizer.schedule must be constant, cosine"),

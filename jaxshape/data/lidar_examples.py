@@ -66,8 +66,8 @@ class Scans(abc.ABC):
     self._kept: dict[int, Example] = {}
     self._lock, self._warned = threading.Lock(), set[str]()
 
-  def __getitem__(self, index: int) -> Example:
-    i = operator.index(index)
+  def __getitem__(self, i: int) -> Example:
+    i = operator.index(i)
     if not 0 <= i < len(self):
       raise IndexError(f"example must be in 0..{len(self) - 1}, got {i}.")
     example = self._kept.get(i)

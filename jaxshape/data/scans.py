@@ -4,6 +4,7 @@ Files as `scan_files` reads them, at any depth below the folder, so that drives
 of raw KITTI (`.../velodyne_points/data/0000000000.bin`) are one folder too.
 """
 
+import collections
 from collections.abc import Sequence
 import logging
 import os
@@ -38,9 +39,7 @@ class Folder(lidar_examples.Scans):
       classes=known.classes,
       colors=known.colors,
       frequencies=None,
-      scans=tuple(
-        file.relative_to(root).with_suffix("").as_posix() for file in files
-      ),
+      scans=_names(root, files),
       points=points,
       cache=cache,
     )
@@ -119,6 +118,19 @@ def open_source(
     columns=columns,
     full_remission=full_remission,
     cache=cache,
+  )
+
+
+def _names(
+  root: pathlib.Path, files: Sequence[pathlib.Path]
+) -> tuple[str, ...]:
+  """Paths below the root without endings, where that tells them apart."""
+  whole = [file.relative_to(root) for file in files]
+  short = [path.with_suffix("").as_posix() for path in whole]
+  often = collections.Counter(short)
+  return tuple(
+    name if often[name] == 1 else path.as_posix()
+    for name, path in zip(short, whole, strict=True)
   )
 
 

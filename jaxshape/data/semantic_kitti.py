@@ -422,7 +422,8 @@ def open_source(
     if split not in labels.splits:
       raise InputError(
         f"{name} has no split {split!r}; there are "
-        f"{', '.join(labels.splits) or 'none'}, or give sequences."
+        f"{', '.join(labels.splits) or 'none'} (--split, or the splits of the "
+        "config), or give sequences."
       )
     wanted = [f"{number:02d}" for number in labels.splits[split]]
   else:
@@ -516,8 +517,9 @@ def _sequences(
     )
     raise InputError(
       f"{root / 'sequences'} lacks {_some([f'{m}/velodyne' for m in missing])} "
-      f"of the split {split!r}; it has {_some(there) or 'no sequence'}. Give "
-      "those to be read by the option sequences."
+      f"of the split {split!r}; it has {_some(there) or 'no sequence'}. Name "
+      "those to be read by the option sequences, such as "
+      "--config.data.semantic_kitti.sequences=0,3, or by `split` in the yaml."
     )
   return folders
 

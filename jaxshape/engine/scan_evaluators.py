@@ -38,6 +38,7 @@ class Segmenter:
       pixels have truth 0 and range -1. None for others.
     classes: Names of the labels; 0 is "unlabeled".
     colors: `[classes, 3]`, RGB 0..255.
+    ignore: Classes that do not count, 0 among them.
   """
 
   points: Callable[[TrainState, Batch], Sequence[Array]]
@@ -45,22 +46,28 @@ class Segmenter:
   image: Callable[[TrainState, Batch], Mapping[str, Array]] | None
   classes: Sequence[str]
   colors: np.ndarray
+  ignore: Sequence[int] = (UNLABELED,)
 
 
 def scans(segmenter: Segmenter, data: Data) -> Evaluator:
   """IoU by class, its mean and the accuracy, on points and on range images.
 
-  `mIoU` and `acc` are the benchmark's (naming a labelled point "unlabeled" is
-  wrong). Names of refinements follow: `mIoU_knn`; `mIoU_image` is counted on
-  pixels. `IoU/<class>` is that of what `predict` gives, and so is
-  `mIoU_training_code`, which public training code reports: there, naming a
-  labelled point "unlabeled" is free.
+  `mIoU` is the benchmark's: naming a labelled point "unlabeled" is wrong. Names
+  of refinements follow: `mIoU_knn`; `mIoU_image` is counted on pixels.
+  `IoU/<class>` is that of what `predict` gives, and so is `mIoU_training_code`,
+  which public training code reports: there, naming a labelled point "unlabeled"
+  is free, as it is in `acc` by either code.
+
+  Note:
+    Both public codes count a class that no label has as an IoU of 0. Here it is
+    left out of the means, so that parts of a data set can be measured; where
+    every class is met, as in whole splits, the numbers are the same.
 
   Reference:
     Behley et al., "SemanticKITTI: A Dataset for Semantic Scene Understanding of
     LiDAR Sequences", ICCV 2019, Sec. 4.1.
   """
-  count = len(segmenter.classes)
+  count, ignore = len(segmenter.classes), tuple(segmenter.ignore)
 
   def table(truth: Array, prediction: Array, rows: Array) -> Array:
     mask = jnp.broadcast_to(
@@ -96,16 +103,16 @@ def scans(segmenter: Segmenter, data: Data) -> Evaluator:
     for name in (*segmenter.ways, *(["image"] if "image" in tables else [])):
       end = "" if name == segmenter.ways[0] else f"_{name}"
       numbers |= {
-        f"mIoU{end}": _mean(tables[name], "benchmark"),
+        f"mIoU{end}": _mean(tables[name], ignore, "benchmark"),
         f"acc{end}": float(
-          segmentation.accuracy(np.float32(tables[name]), ignore=(UNLABELED,))
+          segmentation.accuracy(np.float32(tables[name]), ignore=ignore)
         ),
       }
     last = tables[segmenter.ways[-1]]
-    numbers["mIoU_training_code"] = _mean(last, "public")
-    by_class, seen = _iou(last, "benchmark"), last.sum(axis=1) > 0
+    numbers["mIoU_training_code"] = _mean(last, ignore, "public")
+    by_class, seen = _iou(last, ignore, "benchmark"), _seen(last, ignore)
     for number, name in enumerate(segmenter.classes):
-      if number != UNLABELED and seen[number]:
+      if seen[number]:
         numbers[f"IoU/{name}"] = float(by_class[number])
     return numbers
 
@@ -113,7 +120,7 @@ def scans(segmenter: Segmenter, data: Data) -> Evaluator:
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     last = sums(outputs)[segmenter.ways[-1]]
-    by_class, seen = _iou(last, "benchmark"), last.sum(axis=1) > 0
+    by_class, seen = _iou(last, ignore, "benchmark"), _seen(last, ignore)
     figures = {
       "by class": scan_pictures.bars(
         {
@@ -121,7 +128,7 @@ def scans(segmenter: Segmenter, data: Data) -> Evaluator:
           for name, value, there in zip(
             segmenter.classes, by_class, seen, strict=True
           )
-          if there and name != segmenter.classes[UNLABELED]
+          if there
         },
         label="IoU on points",
       )
@@ -188,21 +195,27 @@ def show(
   return figures
 
 
-def _iou(table: np.ndarray, convention: str) -> np.ndarray:
+def _iou(
+  table: np.ndarray, ignore: Sequence[int], convention: str
+) -> np.ndarray:
   return np.asarray(
-    segmentation.iou(
-      np.float32(table), ignore=(UNLABELED,), convention=convention
-    )
+    segmentation.iou(np.float32(table), ignore=ignore, convention=convention)
   )
 
 
-def _mean(table: np.ndarray, convention: str) -> float:
+def _seen(table: np.ndarray, ignore: Sequence[int]) -> np.ndarray:
+  """Which of the classes that count have labels."""
+  seen = table.sum(axis=1) > 0
+  seen[list(ignore)] = False
+  return seen
+
+
+def _mean(table: np.ndarray, ignore: Sequence[int], convention: str) -> float:
   """The mean over the classes that the data hold.
 
   The benchmark counts a class that nobody has as 0; on a part of the data that
   says nothing of a network.
   """
-  values = _iou(table, convention)
-  seen = table.sum(axis=1) > 0
-  seen[UNLABELED] = False
+  seen = _seen(table, ignore)
+  values = _iou(table, ignore, convention)
   return float(values[seen].mean()) if seen.any() else float("nan")

@@ -186,7 +186,7 @@ def project(
   keep: str = "nearest",
   rows: str = "public",
   clamp: bool = True,
-  drop_first_point: bool = False,
+  drop_first_point: bool = True,
   valid: Valid | None = None,
 ) -> Projection:
   """Projects a LiDAR scan onto a sphere around the sensor.
@@ -215,7 +215,8 @@ def project(
     clamp: Whether points above and below the field of view go to the border
       rows. They take no pixel otherwise.
     drop_first_point: Whether the mask leaves out the pixel of point 0, as that
-      of the public code does. The image shows it in any case.
+      of the public code does; with False, the mask is `index >= 0`. The image
+      and the index show the point in any case.
     valid: 0 where a row is padding.
 
   Returns:

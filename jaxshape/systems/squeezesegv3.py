@@ -26,6 +26,7 @@ Reference:
 
 from collections.abc import Iterator, Mapping
 import functools
+import math
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def make(config: Config) -> System:
     batch = augmentation(augment_key, batch)
     seen = project(config, batch)
     truth = _on_image(seen, batch["label"])
-    known = truth != UNLABELED
+    known = ~jnp.isin(truth, jnp.asarray(labels.ignore))
     logits, collections = apply.apply(
       net,
       params["net"],
@@ -126,6 +127,7 @@ def make(config: Config) -> System:
     image,
     labels.classes,
     labels.colors,
+    labels.ignore,
   )
 
   def predict(state: TrainState, batch: Batch) -> PyTree:
@@ -165,9 +167,8 @@ def project(config: Config, batch: Batch) -> spherical.Projection:
     width=sensor.width,
     fov_up=sensor.fov_up,
     fov_down=sensor.fov_down,
-    keep=config.projection.keep,
-    rows=config.projection.rows,
     valid=batch["valid"],
+    **config.projection,
   )
 
 
@@ -185,9 +186,7 @@ def _name_pixels(
       jax.nn.softmax(logits.astype(jnp.float32)),
       seen.image[..., 1:4],
       seen.mask,
-      iterations=config.crf.iterations,
-      sigma=config.crf.sigma,
-      form="mean_field",
+      **config.crf,
     )
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -243,11 +242,12 @@ def _class_weights(config: Config, labels: Any) -> Array | None:
 
 def _source(config: Config, split: str, classes: Any) -> Any:
   data = config.data
+  options = data.get(data.source.partition(":")[0], {})
   source = sources.load(
     data.source,
     split=split,
     data_dir=data.data_dir or None,
-    **data.options.to_dict(),
+    **{k: v for k, v in options.items() if v is not None},
   )
   if tuple(source.classes) != tuple(classes):
     differ = sorted(set(source.classes) ^ set(classes)) or ["their order"]
@@ -302,7 +302,11 @@ def _check(config: Config) -> None:
         f"config.{name} must be one of {', '.join(known)}, got "
         f"{config[group][field]!r}."
       )
-  if len(config.mean) != 5 or len(config.std) != 5 or min(config.std) <= 0:
+  numbers = (*config.mean, *config.std)
+  fits = len(config.mean) == len(config.std) == 5 and all(
+    isinstance(x, int | float) and math.isfinite(x) for x in numbers
+  )
+  if not fits or min(config.std) <= 0:
     raise InputError(
       "config.mean and config.std must be five numbers each (range, x, y, z, "
       f"remission), std above 0, got {config.mean} and {config.std}."

@@ -33,6 +33,14 @@ def test_a_folder_of_any_scans(folder):
   assert len(source.classes) == len(source.colors) == 20
 
 
+def test_scans_that_differ_in_their_ending_alone_have_names_of_their_own(
+  folder,
+):
+  np.save(folder / "b" / "1.npy", points(3))
+  source = scans.open_source(str(folder))
+  assert source.scans == ("a", "b/1.bin", "b/1.npy", "b/2", "c.pcd")
+
+
 def test_remissions_are_brought_to_the_range_of_kitti(folder, caplog):
   source = scans.open_source(str(folder))
   assert source[1]["remission"][0] == 0.5

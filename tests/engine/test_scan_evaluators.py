@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,20 @@ def test_saying_unlabeled_costs_on_the_benchmark_only():
   assert numbers["mIoU_training_code"] == 1
   assert numbers["mIoU"] < 0.5
   assert "mIoU_image" not in numbers
+
+
+def test_classes_that_do_not_count_are_no_part_of_the_numbers():
+  scans = _scans()
+  segmenter = dataclasses.replace(_segmenter(), ignore=(0, 2))
+  _, _, numbers = _evaluate(segmenter, scans)
+  truth = scans["label"][scans["valid"]]
+  said = scans["said"][scans["valid"]]
+  truth = np.where(truth == 2, 0, truth)
+  assert numbers["mIoU"] == pytest.approx(_iou(truth, said, 1), abs=1e-6)
+  counted = (truth > 0) & (said != 0) & (said != 2)
+  right = (said == truth)[counted].mean()
+  assert numbers["acc"] == pytest.approx(right, abs=1e-6)
+  assert "IoU/road" not in numbers
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

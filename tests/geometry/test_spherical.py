@@ -24,6 +24,7 @@ def _scan(seed=0, count=COUNT):
 
 
 def _project(*args, **options):
+  options = {"drop_first_point": False, **options}
   return jax.tree.map(np.asarray, spherical.project(*args, **options))
 
 
@@ -172,7 +173,7 @@ def test_the_public_mask_drops_the_first_point():
   points, remission = _scan(5)
   points[0] = [0.1, 0.1, 0]
   full = _project(points, remission, **OPTIONS)
-  got = _project(points, remission, drop_first_point=True, **OPTIONS)
+  got = spherical.project(points, remission, **OPTIONS)  # By default.
   np.testing.assert_array_equal(got.index, full.index)
   np.testing.assert_array_equal(got.image, full.image)
   np.testing.assert_array_equal(got.mask, np.asarray(full.index) > 0)

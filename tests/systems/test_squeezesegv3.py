@@ -127,7 +127,7 @@ def test_class_weights_are_those_of_the_labels():
   labels = semantic_kitti.builtin_labels()
   config = _config()
   weights = np.asarray(squeezesegv3._class_weights(config, labels))
-  want = 1 / (labels.frequencies + 0.001)
+  want = 1 / (labels.frequencies + config.loss.epsilon)
   want[0] = 0
   np.testing.assert_allclose(weights, want, rtol=1e-6)
   assert (
@@ -143,6 +143,14 @@ def test_the_modes_are_the_published_networks():
     state = jax.eval_shape(system.init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count == round(millions * 1e6)
+
+
+def test_the_larger_network_has_range_and_z_exchanged_as_its_public_config():
+  small, large = (configs.get_config(f"ssgv3_{n}") for n in (21, 53))
+  order = [3, 1, 2, 0, 4]
+  for name in ("mean", "std"):
+    assert large[name] == tuple(small[name][i] for i in order)
+    assert configs.get_config("rangenet_53")[name] == small[name]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +173,8 @@ def test_the_modes_are_the_published_networks():
     ({"labels": "gone.yaml"}, "gone.yaml"),
     ({"mean": (0.0, 0.0, 0.0)}, "five numbers"),
     ({"std": (1.0, 1.0, 0.0, 1.0, 1.0)}, "std above 0"),
+    ({"std": ("a", "b", "c", "d", "e")}, "five numbers"),
+    ({"mean": (0.0, float("nan"), 0.0, 0.0, 0.0)}, "five numbers"),
     ({"data.source": "semantic_kitti:/nowhere"}, "/nowhere"),
     ({"data.source": "textured_shapes"}, "other classes"),
     ({"data.source": "lidar_scenes:x"}, "no variants"),
@@ -178,8 +188,6 @@ def test_bad_configs_are_refused_in_one_line(changes, message):
     for name, value in changes.items():
       group, _, field = name.rpartition(".")
       (config[group] if group else config)[field] = value
-    if name == "data.source":  # Others have other options.
-      config.data.options = {}
 
   def start():
     system_lib.load(config.lock()).train_data(0).close()
