@@ -124,11 +124,10 @@ def initialize(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
     "xla_llvm_disable_expensive_passes": True,
     "xla_backend_optimization_level": 1,
   }
-  slow = mesh.devices.flat[0].platform == "cpu"
-  slow = slow and not jax.config.read("jax_disable_most_optimizations")
-  return jax.jit(
-    init, out_shardings=shardings, compiler_options=quickly if slow else None
-  )(key)
+  platform = mesh.devices.flat[0].platform
+  if platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+    quickly = {}
+  return jax.jit(init, out_shardings=shardings, compiler_options=quickly)(key)
 
 
 def restored(
