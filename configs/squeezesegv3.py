@@ -162,6 +162,9 @@ def get_config(mode: str = "ssgv3_21") -> Config:
     config.steps = 6
     config.log_every = 2
     config.save_every = 3
+    # Adam makes steps of noise where the gradient is 0, as that of a bias is
+    # before a normalization.
+    config.optimizer.name = "sgd"
     config.optimizer.warmup_steps = 2
   return config
 
