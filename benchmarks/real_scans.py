@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.claims import squeezesegv3 as study
 from jaxshape import system as system_lib
 from jaxshape.data import semantic_kitti, stream
-from jaxshape.engine import command, runtime
+from jaxshape.engine import command, runtime, scan_evaluators
 from jaxshape.errors import InputError
 from jaxshape.geometry import spherical
 from jaxshape.metrics import segmentation
@@ -76,10 +76,8 @@ def restored(
 
 def _numbers(table: np.ndarray) -> tuple[float, float]:
   """The mIoU over the classes that the scans hold, and the accuracy."""
-  iou = segmentation.iou(np.float32(table), convention="benchmark")
-  seen = table.sum(axis=1)[1:] > 0
-  accuracy = segmentation.accuracy(np.float32(table))
-  return float(np.asarray(iou)[1:][seen].mean()), float(accuracy)
+  accuracy = segmentation.accuracy(table)
+  return scan_evaluators.mean_iou(table), float(accuracy)
 
 
 def transferred(

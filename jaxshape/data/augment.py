@@ -10,8 +10,6 @@ Definitions follow torchvision (transforms v1) unless a note says otherwise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
-import inspect
 import math
 from typing import Any
 
@@ -20,6 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 
 # Under this name here too, beside the other augmentations.
+from jaxshape.data import options
 from jaxshape.data.suppression import random_suppression
 from jaxshape.errors import InputError
 from jaxshape.filters import blur
@@ -465,29 +464,6 @@ _BATCH: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 }
 
 
-def _bind(name: str, options: Any) -> Callable[..., Any]:
-  """The function of that name with its options, all of them known."""
-  known = {**_IMAGE, **_BATCH}
-  if name not in known:
-    raise InputError(f"augment has no {name!r}; there are: {', '.join(known)}.")
-  accepted = {
-    option.name: option
-    for option in inspect.signature(known[name]).parameters.values()
-    if option.kind is option.KEYWORD_ONLY
-  }
-  given = dict(options or {})
-  for option in given:
-    if option not in accepted:
-      raise InputError(
-        f"augment.{name} has no option {option!r}; it has: "
-        f"{', '.join(accepted)}."
-      )
-  for option, parameter in accepted.items():
-    if parameter.default is parameter.empty and option not in given:
-      raise InputError(f"augment.{name} needs the option {option!r}.")
-  return functools.partial(known[name], **given)
-
-
 def make(
   config: Mapping[str, Any], *, num_classes: int | None = None
 ) -> Callable[[jax.Array, Batch], Batch]:
@@ -508,7 +484,11 @@ def make(
   Raises:
     InputError: A name or an option is not known, or one is missing.
   """
-  steps = {name: _bind(name, options) for name, options in config.items()}
+  known = {**_IMAGE, **_BATCH}
+  steps = {
+    name: options.bind("augment", known, name, given)
+    for name, given in config.items()
+  }
   on_image = [f for name, f in steps.items() if name in _IMAGE]
   on_batch = [f for name, f in steps.items() if name in _BATCH]
   if on_batch and num_classes is None:

@@ -11,15 +11,13 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.data import options
 from jaxshape.typing import Array, Batch, typed
 from jaxshape.typing import Key as KeyOf
 
@@ -183,27 +181,6 @@ _KNOWN: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _bind(name: str, options: Any) -> Callable[..., dict[str, Any]]:
-  """The function of that name with its options, all of them known."""
-  if name not in _KNOWN:
-    raise InputError(
-      f"scan_augment has no {name!r}; there are: {', '.join(_KNOWN)}."
-    )
-  accepted = [
-    p.name
-    for p in inspect.signature(_KNOWN[name]).parameters.values()
-    if p.kind is p.KEYWORD_ONLY
-  ]
-  given = dict(options or {})
-  for option in given:
-    if option not in accepted:
-      raise InputError(
-        f"scan_augment.{name} has no option {option!r}; it has: "
-        f"{', '.join(accepted)}."
-      )
-  return functools.partial(_KNOWN[name], **given)
-
-
 def make(
   config: Mapping[str, Any],
 ) -> Callable[[jax.Array, Batch], dict[str, Any]]:
@@ -222,7 +199,10 @@ def make(
     InputError: A name or an option is not known.
     ValueError: An option is outside its range.
   """
-  steps = [_bind(name, options) for name, options in config.items()]
+  steps = [
+    options.bind("scan_augment", _KNOWN, name, given)
+    for name, given in config.items()
+  ]
   fields = ("points", "remission", "valid")
 
   def one(key: jax.Array, scan: Scan) -> Scan:

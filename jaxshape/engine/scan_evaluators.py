@@ -103,13 +103,13 @@ def scans(segmenter: Segmenter, data: Data) -> Evaluator:
     for name in (*segmenter.ways, *(["image"] if "image" in tables else [])):
       end = "" if name == segmenter.ways[0] else f"_{name}"
       numbers |= {
-        f"mIoU{end}": _mean(tables[name], ignore, "benchmark"),
-        f"acc{end}": float(
-          segmentation.accuracy(np.float32(tables[name]), ignore=ignore)
-        ),
+        f"mIoU{end}": mean_iou(tables[name], ignore=ignore),
+        f"acc{end}": float(segmentation.accuracy(tables[name], ignore=ignore)),
       }
     last = tables[segmenter.ways[-1]]
-    numbers["mIoU_training_code"] = _mean(last, ignore, "public")
+    numbers["mIoU_training_code"] = mean_iou(
+      last, ignore=ignore, convention="public"
+    )
     by_class, seen = _iou(last, ignore, "benchmark"), _seen(last, ignore)
     for number, name in enumerate(segmenter.classes):
       if seen[number]:
@@ -199,7 +199,7 @@ def _iou(
   table: np.ndarray, ignore: Sequence[int], convention: str
 ) -> np.ndarray:
   return np.asarray(
-    segmentation.iou(np.float32(table), ignore=ignore, convention=convention)
+    segmentation.iou(table, ignore=ignore, convention=convention)
   )
 
 
@@ -210,11 +210,24 @@ def _seen(table: np.ndarray, ignore: Sequence[int]) -> np.ndarray:
   return seen
 
 
-def _mean(table: np.ndarray, ignore: Sequence[int], convention: str) -> float:
-  """The mean over the classes that the data hold.
+def mean_iou(
+  table: np.ndarray,
+  *,
+  ignore: Sequence[int] = (UNLABELED,),
+  convention: str = "benchmark",
+) -> float:
+  """The mean IoU over the classes that the data hold.
 
   The benchmark counts a class that nobody has as 0; on a part of the data that
   says nothing of a network.
+
+  Args:
+    table: Counts; rows are labels, columns predictions.
+    ignore: Classes that do not count.
+    convention: As in `metrics.segmentation`.
+
+  Returns:
+    A fraction; NaN if no class that counts has labels.
   """
   seen = _seen(table, ignore)
   values = _iou(table, ignore, convention)

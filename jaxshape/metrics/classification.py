@@ -8,6 +8,7 @@ and None where no row is.
 import jax
 import jax.numpy as jnp
 
+from jaxshape.metrics import segmentation
 from jaxshape.typing import Array, ArrayLike, Bool, Float, Int, Num, typed
 
 Mask = Bool[ArrayLike, " batch"] | Num[ArrayLike, " batch"]
@@ -92,14 +93,9 @@ def confusion_matrix(
   Returns:
     Counts; rows are labels, columns predictions. A sum over batches.
   """
-  labels, predictions = jnp.asarray(labels), jnp.asarray(predictions)
-  counted = (labels >= 0) & (labels < num_classes)
-  counted &= (predictions >= 0) & (predictions < num_classes)
-  counted &= _counted(mask, labels)
-  table = jnp.zeros((num_classes, num_classes), jnp.int32)
-  return table.at[
-    jnp.where(counted, labels, 0), jnp.where(counted, predictions, 0)
-  ].add(counted.astype(jnp.int32))
+  return segmentation.confusion_matrix(
+    labels, predictions, num_classes=num_classes, mask=mask
+  )
 
 
 @typed

@@ -159,15 +159,11 @@ def make(config: Config) -> System:
 
 def project(config: Config, batch: Batch) -> spherical.Projection:
   """The range images of a batch of scans, as the config's sensor sees them."""
-  sensor = config.sensor
   return spherical.project(
     batch["points"],
     batch["remission"],
-    height=sensor.height,
-    width=sensor.width,
-    fov_up=sensor.fov_up,
-    fov_down=sensor.fov_down,
     valid=batch["valid"],
+    **config.sensor,
     **config.projection,
   )
 
