@@ -56,12 +56,15 @@ class Evaluator:
     summarize: The numbers to report, from the outputs of all batches (NumPy).
     pictures: Figures that a person would rather look at than at the numbers,
       from the state and the outputs of all batches.
+    then: Another evaluator, made from the outputs of this one, whose numbers
+      are added: where data go through the network twice.
   """
 
   data: Callable[[], Iterator[Batch]]
   step: Callable[[TrainState, Batch], PyTree]
   summarize: Callable[[Sequence[PyTree]], Mapping[str, float]]
   pictures: Pictures | None = None
+  then: "Callable[[Sequence[PyTree]], Evaluator] | None" = None
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]

@@ -56,8 +56,13 @@ def straight(tiny):
 
   init_key, key = jax.random.split(jax.random.key(config.seed))
   states, metrics = [jax.jit(system.init)(init_key)], []
-  for batch in batches:
-    state, measured = step(states[-1], batch, key)
+  for i, batch in enumerate(batches):
+    state = states[-1]
+    if (
+      system.refresh and config.refresh_every and i % config.refresh_every == 0
+    ):
+      state = system.refresh(state)
+    state, measured = step(state, batch, key)
     states.append(state)
     metrics.append(measured)
   return states, metrics, len(traces)

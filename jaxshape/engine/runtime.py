@@ -217,7 +217,7 @@ def evaluate(
     each: Called at every batch; what it raises gives the evaluation up.
 
   Returns:
-    The numbers of its `summarize`, and the outputs that they come from.
+    The numbers of its `summarize` and of what comes `then`, and its outputs.
   """
   step = _compiled(evaluator.step, mesh)
   outputs: list[PyTree] = []
@@ -234,7 +234,11 @@ def evaluate(
     raise InputError("an evaluator got no batch; its data set is empty.")
   outputs = jax.device_get(outputs)
   summary = evaluator.summarize(outputs)
-  return {name: float(value) for name, value in summary.items()}, outputs
+  numbers = {name: float(value) for name, value in summary.items()}
+  if evaluator.then is not None:
+    after = evaluator.then(outputs)
+    numbers |= evaluate(after, state, mesh, stuck=stuck, each=each)[0]
+  return numbers, outputs
 
 
 def rehearse(evaluator: Evaluator, state: TrainState, mesh: Mesh) -> None:

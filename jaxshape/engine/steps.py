@@ -36,15 +36,30 @@ class Player:
       differentiated by the parameters under this player's name.
     optimizer: How the gradient moves them.
     every: The player moves in every so many steps, the first one included.
+    first: The step from which on it moves, counted from 0.
+    last: The step before which it stops; None for the end.
   """
 
   loss: Loss
   optimizer: optax.GradientTransformation
   every: int = 1
+  first: int = 0
+  last: int | None = None
 
   def __post_init__(self):
     if self.every < 1:
       raise ValueError(f"every must be at least 1, got {self.every}.")
+
+  def moves(self, step: jax.Array) -> jax.Array | bool:
+    """Whether it moves in a step; True itself where it always does."""
+    out: Any = True
+    if self.every > 1:
+      out = step % self.every == 0
+    if self.first > 0:
+      out &= step >= self.first
+    if self.last is not None:
+      out &= step < self.last
+    return out
 
 
 def initial_state(
@@ -118,7 +133,8 @@ def take_turns(
       def turn(state, name=name, player=player, player_key=player_key):
         return _turn(name, player, state, batch, player_key, accumulate)
 
-      if player.every == 1:
+      moves = player.moves(state.step)
+      if moves is True:
         state, measured = turn(state)
       else:
         absent = jax.tree.map(
@@ -127,7 +143,7 @@ def take_turns(
         )
         absent[name + FINITE] = jnp.ones(())
         state, measured = lax.cond(
-          state.step % player.every == 0,
+          moves,
           turn,
           lambda state, absent=absent: (state, absent),
           state,

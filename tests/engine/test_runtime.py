@@ -141,6 +141,31 @@ def test_an_evaluator_runs_over_all_batches_and_compiles_once():
   assert len(traces) == 1
 
 
+def test_an_evaluator_is_made_from_what_another_gave():
+  def after(outputs):
+    rows = np.concatenate([out["rows"] for out in outputs])
+    again = lambda state, batch: {"more": (batch["x"] + rows[0]).sum()}
+    return Evaluator(
+      Stream, again, lambda out: {"more": sum(o["more"] for o in out)}
+    )
+
+  first = Evaluator(
+    Stream,
+    lambda state, batch: {"rows": batch["x"] + state.step},
+    lambda outputs: {"batches": len(outputs)},
+    then=after,
+  )
+  state = TrainState(jnp.int32(5), {}, {}, {})
+  mesh = runtime.make_mesh(ALL)
+  numbers, outputs = runtime.evaluate(first, state, mesh)
+  # The first row is 15, and is added to each of the 24.
+  assert numbers == {
+    "batches": 3,
+    "more": 3 * 28 + 8 * 60 + 24 * 15,
+  }
+  assert set(outputs[0]) == {"rows"}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["params", "opt_state", "extra"])
 def test_one_number_makes_a_state_not_finite(part, value):

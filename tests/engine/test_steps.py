@@ -65,6 +65,26 @@ def test_a_player_rests_between_its_turns():
   assert moved == [True, False, True, False]
 
 
+def test_a_curriculum_of_players_that_begin_and_end():
+  def loss(name):
+    return lambda params, extra, batch, key: (params[name] * 1.0, (extra, {}))
+
+  sgd = optax.sgd(1.0)
+  players = {
+    "early": steps.Player(loss("early"), sgd, last=2),
+    "late": steps.Player(loss("late"), sgd, first=2, every=2),
+  }
+  params = dict.fromkeys(players, jnp.float32(0))
+  state = steps.initial_state(players, params, {})
+  step = jax.jit(steps.take_turns(players))
+  got = []
+  for _ in range(6):
+    state, _ = step(state, {}, jax.random.key(0))
+    got.append((float(state.params["early"]), float(state.params["late"])))
+  want = [(-1, 0), (-2, 0), (-2, -1), (-2, -1), (-2, -2), (-2, -2)]
+  assert got == want
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
   whole = system_lib.load(settings.config(noise=0.0))
   parts = system_lib.load(settings.config(noise=0.0, accumulate=4))
