@@ -11,16 +11,17 @@ Source: the opcodes are those of Python's `pickletools`; the names are those
 that `torch.save` and NumPy write.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Set
 import dataclasses
 import math
-import pickletools
 import struct
 from typing import Any, NamedTuple
 import zipfile
 
 import jax.numpy as jnp
 import numpy as np
+
+from jaxshape.data import plain_pickle
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 # By the names of `torch.*Storage`.
@@ -60,8 +61,7 @@ DTYPES = {
 }
 
 
-class Unfit(ValueError):
-  """What is wrong with the file, as the end of a sentence about it."""
+Array, Unfit = plain_pickle.Array, plain_pickle.Unfit
 
 
 # Tensors, which are made when the whole pickle is read.
@@ -121,67 +121,7 @@ class Tensor:
       )
 
 
-@dataclasses.dataclass
-class Array:
-  """A NumPy array or scalar on its way."""
-
-  state: Sequence[Any] = ()
-
-  @property
-  def nbytes(self) -> int:
-    """At most so many it needs."""
-    raw = self.state[-1] if self.state else b""
-    raw = raw.text if isinstance(raw, _Encoded) else raw
-    return len(raw) if isinstance(raw, str | bytes) else 0
-
-  def array(self, name: str) -> np.ndarray:
-    """What the pickle has told about it, copied."""
-    try:
-      _, shape, dtype, fortran, raw = self.state
-      if not isinstance(shape, tuple) or not all(map(_whole, shape)):
-        raise ValueError("no shape")
-      if isinstance(raw, _Encoded):
-        # No other: looking up a code imports a module of its name.
-        if raw.code not in ("latin1", "latin-1", "utf-8"):
-          raise ValueError("no code")
-        raw = raw.text.encode(raw.code)
-      flat = np.frombuffer(raw, dtype.dtype())
-      flat = flat.reshape(shape, order="F" if fortran else "C")
-      return np.array(flat, flat.dtype.newbyteorder("="), order="C")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-      raise Unfit(f"holds {name}, which is no plain NumPy array") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-  """Bytes as protocol 2 spells them; a text that is used often stays one."""
-
-  text: str
-  code: str
-
-
-@dataclasses.dataclass
-class _Dtype:
-  """A dtype of NumPy on its way; the byte order comes as its state."""
-
-  code: str
-  order: str = "="
-
-  def dtype(self) -> np.dtype:
-    """Itself; `ValueError` where it is not of plain numbers."""
-    if type(self.code) is not str or self.code[:1] not in tuple("biufc"):
-      raise ValueError("no plain numbers")
-    return np.dtype((">" if self.order == ">" else "<") + self.code)
-
-
 # Names.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Name:
-  """A name in a pickle; never looked up anywhere but in this file."""
-
-  text: str
 
 
 def _tensor(
@@ -208,109 +148,7 @@ def _window(
   return Tensor(storage, dtype, offset, shape, strides)
 
 
-def _of_class(function: Any, _: Any, arguments: Any, state: Any) -> Any:
-  del state
-  return _call(function, arguments)
-
-
-def _scalar(dtype: Any, raw: Any) -> Array:
-  return Array((1, (), dtype, False, raw))
-
-
-def _put_all(into: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
-  """Fills a dictionary."""
-  if not isinstance(into, dict):
-    raise TypeError("no dictionary to put into")
-  for key, value in zip(keys, values, strict=True):
-    # A tuple of tuples of tuples ... has no end of a hash.
-    if not isinstance(key, _PLAIN_KEYS):
-      raise Unfit(f"has a dictionary with a key of type {type(key).__name__}")
-    into[key] = value
-
-
-def _dictionary(*arguments: Any) -> dict[Any, Any]:
-  """An ordered dictionary; pairs are given by Python 2."""
-  out: dict[Any, Any] = {}
-  if arguments and isinstance(arguments[0], list):
-    keys, values = [[pair[i] for pair in arguments[0]] for i in (0, 1)]
-    _put_all(out, keys, values)
-    arguments[0].clear()  # Else a short pickle could copy it without end.
-  return out
-
-
-def _itself(items: Any = (), *_: Any) -> Any:
-  return items
-
-
-# What the few names of a state dict do when they are called.
-_CALLS: dict[str, Callable[..., Any]] = {
-  "collections.OrderedDict": _dictionary,
-  "collections.Counter": lambda *_: {},
-  "collections.defaultdict": lambda *_: {},
-  "builtins.dict": lambda *_: {},
-  "builtins.set": _itself,
-  "builtins.frozenset": _itself,
-  "builtins.list": _itself,
-  "builtins.complex": complex,
-  "_codecs.encode": _Encoded,
-  "torch.Size": _itself,
-  "torch.device": lambda *_: None,
-  "torch._utils._rebuild_tensor": _tensor,
-  "torch._utils._rebuild_tensor_v2": _tensor,
-  "torch._utils._rebuild_tensor_v3": _typed_tensor,
-  "torch._utils._rebuild_parameter": _itself,
-  "torch._utils._rebuild_parameter_with_state": _itself,
-  "torch._tensor._rebuild_from_type_v2": _of_class,
-  "numpy._core.multiarray._reconstruct": lambda *_: Array(),
-  "numpy._core.multiarray.scalar": _scalar,
-  "numpy.dtype": lambda code, *_: _Dtype(code),
-}
-# Names that are only handed to those.
-_INERT = {
-  "numpy.ndarray",
-  "torch.Tensor",
-  "torch.nn.parameter.Parameter",
-  "torch.storage.UntypedStorage",
-  "torch.UntypedStorage",
-  *(f"torch.{name}Storage" for name in STORAGES),
-  *(f"torch.{name}" for name in DTYPES),
-  # The defaults of a `defaultdict`.
-  "builtins.int",
-  "builtins.float",
-}
-_OLD_NAMES = {
-  "__builtin__.": "builtins.",
-  "numpy.core.": "numpy._core.",
-  "torch.cuda.": "torch.",
-}
-_PLAIN_KEYS = (str, int, float, bytes, type(None))
-DAMAGED = (
-  ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-  EOFError, RuntimeError, struct.error, zipfile.BadZipFile,
-)  # fmt: skip
-
-
-def _named(module: Any, name: Any) -> _Name:
-  if type(module) is not str or type(name) is not str:
-    raise TypeError("a name that is no text")
-  text = f"{module}.{name}"
-  for old, new in _OLD_NAMES.items():
-    if text.startswith(old):
-      text = new + text.removeprefix(old)
-  if text not in _CALLS and text not in _INERT:
-    raise Unfit(
-      f"needs {module}.{name}, which is not of a state dict and is not run; "
-      "save model.state_dict() alone with torch.save"
-    )
-  return _Name(text)
-
-
-def _call(function: Any, arguments: Any) -> Any:
-  if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-    raise Unfit("is damaged: its pickle calls what is no name")
-  if function.text not in _CALLS:
-    raise Unfit(f"is damaged: its pickle calls {function.text}")
-  return _CALLS[function.text](*arguments)
+DAMAGED = (*plain_pickle.DAMAGED, struct.error, zipfile.BadZipFile)
 
 
 def _persistent(identity: Any) -> Storage:
@@ -325,6 +163,14 @@ def _persistent(identity: Any) -> Storage:
   if not _whole(start) or not _whole(length) or start + length > size:
     raise ValueError("a view beyond its storage")
   return Storage(key, dtype, length, start)
+
+
+def array(value: plain_pickle.Array, name: str) -> np.ndarray:
+  """What the pickle has told about an array, copied."""
+  try:
+    return value.array()
+  except ValueError as error:
+    raise Unfit(f"holds {name}, which is no plain NumPy array") from error
 
 
 # The machine.
@@ -355,151 +201,49 @@ def read(file: Any) -> Any:
     ) from error
 
 
-class _Machine:
-  """Follows a pickle's opcodes; methods are named after them."""
+class _Machine(plain_pickle.Machine):
+  """Knows the names of a state dict, too."""
 
-  def __init__(self):
-    self.stack: list[Any] = []
-    self.marks: list[list[Any]] = []
-    self.memo: dict[int, Any] = {}
+  calls: Mapping[str, Callable[..., Any]] = {
+    **plain_pickle.CALLS,
+    "builtins.complex": complex,
+    "numpy.dtype": lambda code, *_: plain_pickle.Dtype(code, "biufc"),
+    "torch.Size": lambda items=(), *_: items,
+    "torch.device": lambda *_: None,
+    "torch._tensor._rebuild_from_type_v2": lambda *_: None,  # See `_call`.
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+  }
+  inert: Set[str] = {
+    *plain_pickle.INERT,
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.storage.UntypedStorage",
+    "torch.UntypedStorage",
+    *(f"torch.{name}Storage" for name in STORAGES),
+    *(f"torch.{name}" for name in DTYPES),
+  }
+  old_names: Mapping[str, str] = {
+    **plain_pickle.OLD_NAMES,
+    "torch.cuda.": "torch.",
+  }
+  kind = "state dict"
+  advice = "save model.state_dict() alone with torch.save"
 
-  def run(self, file: Any) -> Any:
-    for opcode, argument, _ in pickletools.genops(file):
-      name = opcode.name
-      if name == "STOP":
-        break
-      if name in _CONSTANTS:
-        self.stack.append(_CONSTANTS[name])
-      elif name in _LITERALS:
-        self.stack.append(argument)
-      elif name not in _IGNORED:
-        step = getattr(self, f"_{name.lower()}", None)
-        if step is None:
-          raise Unfit(f"has the opcode {name}, which no state dict has")
-        step(argument)
-    return self.stack.pop()
-
-  def _items(self) -> list[Any]:
-    """What lies above the last mark."""
-    items, self.stack = self.stack, self.marks.pop()
-    return items
-
-  def _mark(self, _):
-    self.marks.append(self.stack)
-    self.stack = []
-
-  def _empty_dict(self, _):
-    self.stack.append({})
-
-  def _empty_list(self, _):
-    self.stack.append([])
-
-  _empty_set = _empty_list
-
-  def _empty_tuple(self, _):
-    self.stack.append(())
-
-  def _tuple(self, _):
-    items = self._items()
-    self.stack.append(tuple(items))
-
-  def _tuple1(self, _):
-    self.stack[-1:] = [(self.stack[-1],)]
-
-  def _tuple2(self, _):
-    self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
-
-  def _tuple3(self, _):
-    self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
-
-  def _list(self, _):
-    items = self._items()
-    self.stack.append(items)
-
-  _frozenset = _list
-
-  def _dict(self, _):
-    items = self._items()
-    self.stack.append({})
-    _put_all(self.stack[-1], items[::2], items[1::2])
-
-  def _append(self, _):
-    item = self.stack.pop()
-    list.append(self.stack[-1], item)
-
-  def _appends(self, _):
-    items = self._items()
-    list.extend(self.stack[-1], items)
-
-  _additems = _appends
-
-  def _setitem(self, _):
-    value, key = self.stack.pop(), self.stack.pop()
-    _put_all(self.stack[-1], [key], [value])
-
-  def _setitems(self, _):
-    items = self._items()
-    _put_all(self.stack[-1], items[::2], items[1::2])
-
-  def _pop(self, _):
-    if self.stack:
-      self.stack.pop()
-    else:
-      self._items()
-
-  def _pop_mark(self, _):
-    self._items()
-
-  def _dup(self, _):
-    self.stack.append(self.stack[-1])
-
-  def _put(self, number):
-    self.memo[number] = self.stack[-1]
-
-  _binput = _long_binput = _put
-
-  def _memoize(self, _):
-    self.memo[len(self.memo)] = self.stack[-1]
-
-  def _get(self, number):
-    self.stack.append(self.memo[number])
-
-  _binget = _long_binget = _get
-
-  def _global(self, text):
-    module, _, name = text.partition(" ")
-    self.stack.append(_named(module, name))
-
-  def _stack_global(self, _):
-    name, module = self.stack.pop(), self.stack.pop()
-    self.stack.append(_named(module, name))
-
-  def _reduce(self, _):
-    arguments, function = self.stack.pop(), self.stack.pop()
-    self.stack.append(_call(function, arguments))
-
-  _newobj = _reduce
+  def _call(self, function, arguments):
+    of_class = "torch._tensor._rebuild_from_type_v2"
+    if isinstance(function, plain_pickle.Name) and function.text == of_class:
+      function, _, arguments, _ = arguments
+    return super()._call(function, arguments)
 
   def _build(self, _):
-    state, made = self.stack.pop(), self.stack[-1]
-    if isinstance(made, Array):
-      if not isinstance(state, tuple):
-        raise TypeError("no state of an array")
-      made.state = state
-    elif isinstance(made, _Dtype):
-      made.order = state[1]
-    elif not isinstance(made, dict):  # A state dict's `_metadata`.
-      raise Unfit("is damaged: its pickle changes what has no state")
+    if isinstance(self.stack[-2], dict):  # A state dict's `_metadata`.
+      self.stack.pop()
+    else:
+      super()._build(_)
 
   def _binpersid(self, _):
     self.stack.append(_persistent(self.stack.pop()))
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-  "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT",
-  "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE",
-  "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
-  "SHORT_BINBYTES", "BINBYTES8",
-}  # fmt: skip
-_IGNORED = {"PROTO", "FRAME"}

@@ -290,7 +290,7 @@ def _arrays(
       out[name] = (
         _tensor(value, name, numbers, big)
         if isinstance(value, pickled.Tensor)
-        else value.array(name)
+        else pickled.array(value, name)
       )
     except pickled.Unfit:
       raise
