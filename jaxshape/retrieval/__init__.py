@@ -1,0 +1,1 @@
+"""Search by similarity, and what makes queries and databases better."""
