@@ -1,9 +1,10 @@
 """Residual networks: torchvision's shapes and names, channels last.
 
 Parts are called as there (`conv1`, `layer1_0` for its `layer1.0`, `bn2`, `fc`;
-`downsample_conv` and `downsample_bn` for `downsample.0` and `.1`), so that
-trained weights can be carried over: a kernel is [height, width, in, out], and
-the bottleneck has its stride on the 3x3 convolution ("v1.5"). Parameters, batch
+`downsample_conv` and `downsample_bn` for `downsample.0` and `.1`), and trained
+weights are carried over by `from_state_dict`: a kernel is [height, width, in,
+out], the bottleneck has its stride on the 3x3 convolution ("v1.5"), and images
+of several sizes go in one batch with a mask. Parameters, batch
 statistics and logits are float32; `dtype` is what is computed in between. The
 batch statistics are those of the whole batch, however many devices share it.
 
@@ -12,20 +13,26 @@ Reference:
   and Table 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import difflib
 from functools import partial
+import re
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import flax.linen as nn
+import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxshape.errors import InputError
-from jaxshape.typing import Array, ArrayLike, Float, typed
+from jaxshape.layers import apply
+from jaxshape.typing import Array, ArrayLike, Bool, Float, PyTree, typed
 
 Dtype = Any
 Features = Float[ArrayLike, "batch height width channels"]
+Mask = Bool[ArrayLike, "batch height width"]
 
 
 class Variant(NamedTuple):
@@ -47,6 +54,7 @@ VARIANTS = {
   "resnet34": Variant((3, 4, 6, 3), "basic", 64, "imagenet"),
   "resnet50": Variant((3, 4, 6, 3), "bottleneck", 64, "imagenet"),
   "resnet101": Variant((3, 4, 23, 3), "bottleneck", 64, "imagenet"),
+  "resnet152": Variant((3, 8, 36, 3), "bottleneck", 64, "imagenet"),
 }
 
 
@@ -94,16 +102,18 @@ class Basic(nn.Module):
   @nn.compact
   @typed
   def __call__(
-    self, x: Features, *, train: bool
+    self, x: Features, *, train: bool, mask: Mask | None = None
   ) -> Float[Array, "batch _ _ {self.width}"]:
     """Features in `dtype`, not negative."""
     conv = partial(Convolution, self.width, 3, dtype=self.dtype)
     norm = partial(_norm, train, self.dtype)
+    after = _strided(mask, self.stride)
     y = conv(stride=self.stride, name="conv1")(x)
-    y = nn.relu(norm(name="bn1")(y))
+    y = _within(nn.relu(norm(name="bn1")(y)), after)
     y = conv(name="conv2")(y)
     y = norm(name="bn2", zero=self.zero_init)(y)
-    return nn.relu(_shortcut(x, y, self.stride, train, self.dtype) + y)
+    y = nn.relu(_shortcut(x, y, self.stride, train, self.dtype) + y)
+    return _within(y, after)
 
 
 class Bottleneck(nn.Module):
@@ -119,18 +129,20 @@ class Bottleneck(nn.Module):
   @nn.compact
   @typed
   def __call__(
-    self, x: Features, *, train: bool
+    self, x: Features, *, train: bool, mask: Mask | None = None
   ) -> Float[Array, "batch _ _ {4*self.width}"]:
     """Features in `dtype`, not negative."""
     conv = partial(Convolution, dtype=self.dtype)
     norm = partial(_norm, train, self.dtype)
+    after = _strided(mask, self.stride)
     y = conv(self.width, 1, name="conv1")(x)
-    y = nn.relu(norm(name="bn1")(y))
+    y = _within(nn.relu(norm(name="bn1")(y)), mask)
     y = conv(self.width, 3, stride=self.stride, name="conv2")(y)
     y = nn.relu(norm(name="bn2")(y))
     y = conv(self.expansion * self.width, 1, name="conv3")(y)
     y = norm(name="bn3", zero=self.zero_init)(y)
-    return nn.relu(_shortcut(x, y, self.stride, train, self.dtype) + y)
+    y = nn.relu(_shortcut(x, y, self.stride, train, self.dtype) + y)
+    return _within(y, after)
 
 
 class ResNet(nn.Module):
@@ -200,25 +212,47 @@ class ResNet(nn.Module):
 
   @typed
   def features(
-    self, images: Features, *, train: bool
+    self, images: Features, *, train: bool, mask: Mask | None = None
   ) -> Float[Array, "batch _ _ _"]:
     """The last spatial features, from normalized images.
 
     Args:
       images: Normalized, not 0..255.
       train: Whether to normalize by the batch and to update its statistics.
+      mask: True in the upper left corner that is each image's own, for images
+        of several sizes in one batch. Their features are those that they have
+        alone, at `mask[:, ::stride, ::stride]`, and 0 elsewhere.
 
     Returns:
       Features in `dtype`, not negative.
+
+    Raises:
+      ValueError: There is a mask in training, where padding would count.
     """
-    x = self.conv1(images)
+    if mask is not None and train:
+      raise ValueError("mask must be None in training, got an array.")
+    # A convolution pads with 0, and that is what a mask leaves around an image.
+    # Half of n pixels are the whole part of (n + 1) / 2 in every layer, as many
+    # as every other one from the first on.
+    x = self.conv1(images if mask is None else _within(images, mask))
     x = nn.relu(self.bn1(x, use_running_average=not train))
     if self.stem == "imagenet":
-      x = _halve(x)
+      mask = _strided(mask, 2)
+      x = _halve(_within(x, mask))
+      mask = _strided(mask, 2)
+    x = _within(x, mask)
     for stage in range(len(self.stage_sizes)):
-      for layer in getattr(self, f"layer{stage + 1}"):
-        x = layer(x, train=train)
+      for i, layer in enumerate(getattr(self, f"layer{stage + 1}")):
+        x = layer(x, train=train, mask=mask)
+        mask = _strided(mask, 2 if stage > 0 and i == 0 else 1)
     return x
+
+  @property
+  def stride(self) -> int:
+    """How many pixels lie between two of the features."""
+    return (4 if self.stem == "imagenet" else 1) * 2 ** (
+      len(self.stage_sizes) - 1
+    )
 
   @typed
   def head(
@@ -272,6 +306,181 @@ def make(
     zero_init=zero_init,
     dtype=dtype,
   )
+
+
+# Parts of a network by their place in it, where PyTorch has them in a sequence:
+# the rectifier, the pooling and their like are places, too.
+_PLACES = {
+  "conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6",
+  "layer4": "7",
+}  # fmt: skip
+_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+# What the retrieval networks of the public code have besides their features.
+_RETRIEVAL = ("pool.", "whiten.", "lwhiten.")
+
+
+@typed
+def to_state_dict(
+  net: ResNet, params: PyTree, collections: PyTree, *, form: str = "torchvision"
+) -> dict[str, np.ndarray]:
+  """Parameters and statistics, as PyTorch's networks call them.
+
+  Args:
+    net: The network.
+    params: Its parameters, with or without those of the head.
+    collections: Its other collections.
+    form: "torchvision" (`layer1.0.conv1.weight`, `fc.bias`), or "retrieval"
+      for the features of a retrieval network (`features.4.0.conv1.weight`,
+      without the head).
+
+  Returns:
+    Arrays by key, in PyTorch's layouts.
+
+  Raises:
+    ValueError: There is no such form.
+  """
+  if form not in ("torchvision", "retrieval"):
+    raise ValueError(
+      f"form must be 'torchvision' or 'retrieval', got {form!r}."
+    )
+  del net  # Parts are called alike in all of them.
+  prefix = None if form == "torchvision" else "features."
+  tensors = {}
+  for tree in (params, collections.get("batch_stats", {})):
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+      if path[0] != "fc" or prefix is None:
+        tensors[_key(path, prefix)] = _transposed(np.asarray(leaf)).copy()
+  return tensors
+
+
+@typed
+def from_state_dict(
+  net: ResNet, tensors: Mapping[str, Any], *, head: bool = True
+) -> tuple[PyTree, PyTree]:
+  """Parameters and statistics from those of PyTorch's networks.
+
+  The names say by themselves whose they are: torchvision's (`conv1.weight`,
+  `layer1.0.bn1.bias`), or those of the public retrieval networks, where parts
+  are counted (`features.4.0.bn1.bias`, or `4.0.bn1.bias` of the features
+  alone). Those have no head, and their `pool.*`, `whiten.*` and `lwhiten.*` are
+  passed over, as are a "module." before every key and counters of batches.
+
+  Args:
+    net: The network that they are for.
+    tensors: Arrays by key.
+    head: Whether torchvision's head is wanted; without it (another number of
+      classes) only `net.features` can be called.
+
+  Returns:
+    The parameters and the other collections; the parameters lack "fc" where
+    there is no head.
+
+  Raises:
+    InputError: Keys are missing, or not known, or an array has another shape.
+
+  Reference:
+    Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human
+    Annotation", TPAMI 2019, its public code, for the names.
+  """
+  given = {
+    name.removeprefix("module."): value
+    for name, value in tensors.items()
+    if not name.endswith("num_batches_tracked")
+  }
+  prefix = None
+  if any(name.startswith("features.") for name in given):
+    prefix = "features."
+    given = {k: v for k, v in given.items() if not k.startswith(_RETRIEVAL)}
+  elif any(re.match(r"\d+\.", name) for name in given):
+    prefix = ""
+  elif not head:
+    given = {k: v for k, v in given.items() if not k.startswith("fc.")}
+  image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
+  key = jax.random.key(0)
+  params, collections = jax.eval_shape(
+    lambda x: apply.init(net, key, x, train=False), image
+  )
+  if prefix is not None or not head:
+    params = {name: part for name, part in params.items() if name != "fc"}
+  missing, shapes = [], []
+
+  def read(path: tuple[str, ...], leaf: Any) -> Any:
+    name = _key(path, prefix)
+    if name not in given:
+      missing.append(name)
+      return None
+    value = np.asarray(given.pop(name))
+    array = _transposed(value, back=True)
+    if array.shape != leaf.shape:
+      want = _transposed(np.empty(leaf.shape)).shape
+      shapes.append(f"{name} {value.shape} instead of {want}")
+      return None
+    return np.ascontiguousarray(array, leaf.dtype)
+
+  trees = [
+    traverse_util.unflatten_dict(
+      {path: read(path, leaf) for path, leaf in flat.items()}
+    )
+    for flat in map(
+      traverse_util.flatten_dict, (params, collections["batch_stats"])
+    )
+  ]
+  faults = {
+    "missing": missing,
+    "not known": list(given),
+    "of another shape": shapes,
+  }
+  said = [f"{what}: {_few(names)}" for what, names in faults.items() if names]
+  if said:
+    raise InputError(
+      f"the tensors do not fit a residual network of {net.block} blocks "
+      f"{tuple(net.stage_sizes)}, width {net.width} and {net.num_classes} "
+      f"classes; {'; '.join(said)}."
+    )
+  return trees[0], {"batch_stats": trees[1]}
+
+
+def _key(path: Sequence[str], prefix: str | None) -> str:
+  """PyTorch's name of one of our parameters; by places with a prefix."""
+  first, *inner, leaf = path
+  part, *number = first.split("_")
+  if prefix is not None:
+    part = prefix + _PLACES[part]
+  inner = [
+    {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(
+      name, name
+    )
+    for name in inner
+  ]
+  return ".".join([part, *number, *inner, _LEAVES.get(leaf, leaf)])
+
+
+def _transposed(array: np.ndarray, *, back: bool = False) -> np.ndarray:
+  """In PyTorch's layout, or from it."""
+  if array.ndim == 4:
+    return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
+  return array.T
+
+
+def _few(names: Sequence[str]) -> str:
+  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  return ", ".join(names[:5]) + more
+
+
+def _strided(mask: Any, stride: int) -> Any:
+  """The mask of what a layer of this stride makes of an image."""
+  return mask if mask is None else jnp.asarray(mask)[:, ::stride, ::stride]
+
+
+def _within(x: ArrayLike, mask: Any) -> Array:
+  """Zeros outside of the images."""
+  x = jnp.asarray(x)
+  return x if mask is None else jnp.where(jnp.asarray(mask)[..., None], x, 0)
 
 
 def _norm(

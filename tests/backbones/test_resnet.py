@@ -30,7 +30,12 @@ def _drawn(module, images=IMAGES):
 
 @pytest.mark.parametrize(
   ("name", "want"),
-  [("resnet18", 11689512), ("resnet34", 21797672), ("resnet50", 25557032)],
+  [
+    ("resnet18", 11689512),
+    ("resnet34", 21797672),
+    ("resnet50", 25557032),
+    ("resnet152", 60192808),
+  ],
 )
 def test_parameters_as_many_as_torchvision_has(name, want):
   module = resnet.make(name, num_classes=1000)
@@ -47,7 +52,7 @@ def test_parameters_as_many_as_torchvision_has(name, want):
     collections,
     images,
   )
-  channels = 2048 if name == "resnet50" else 512
+  channels = 512 if name in ("resnet18", "resnet34") else 2048
   assert features.shape == (1, 7, 7, channels)
 
 
@@ -198,7 +203,128 @@ def test_make_overrides_what_the_name_says():
   )
 
 
+@pytest.mark.parametrize("form", ["torchvision", "retrieval"])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_state_dict_there_and_back(block, form):
+  module = _tiny(block)
+  params, collections = _drawn(module)
+  tensors = resnet.to_state_dict(module, params, collections, form=form)
+  first = "conv1" if form == "torchvision" else "features.0"
+  kernel = params["conv1"]["kernel"]
+  np.testing.assert_array_equal(  # [out, in, height, width].
+    tensors[f"{first}.weight"][3, 2, 0, 1], kernel[0, 1, 2, 3]
+  )
+  # PyTorch has these, too; and parts of the public networks come after.
+  more = {"bn1.num_batches_tracked": np.int64(3)}
+  if form == "retrieval":
+    more |= {"pool.p": np.ones(1), "whiten.weight": np.ones((2, 2))}
+    params = {k: v for k, v in params.items() if k != "fc"}
+  wrapped = {f"module.{k}": v for k, v in (tensors | more).items()}
+  got = resnet.from_state_dict(module, wrapped)
+  jax.tree.map(np.testing.assert_array_equal, got, (params, collections))
+
+
+def test_names_are_those_of_pytorch():
+  module = _tiny("bottleneck")
+  params, collections = _drawn(module)
+  names = resnet.to_state_dict(module, params, collections)
+  norm = ("weight", "bias", "running_mean", "running_var")
+  want = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{n}" for n in norm)}
+  for layer in ("layer1.0", "layer2.0"):
+    want |= {f"{layer}.conv{i}.weight" for i in (1, 2, 3)}
+    want |= {f"{layer}.bn{i}.{n}" for i in (1, 2, 3) for n in norm}
+    want |= {f"{layer}.downsample.0.weight"}
+    want |= {f"{layer}.downsample.1.{n}" for n in norm}
+  assert set(names) == want
+  names = resnet.to_state_dict(module, params, collections, form="retrieval")
+  assert len(names) == len(want) - 2
+  assert "features.1.running_var" in names
+  assert "features.5.0.downsample.0.weight" in names
+  # The features alone, as some files hold them.
+  bare = {k.removeprefix("features."): v for k, v in names.items()}
+  got, _ = resnet.from_state_dict(module, bare)
+  assert set(got) == set(params) - {"fc"}
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet101"])
+def test_whole_networks_there_and_back(name):
+  net = resnet.make(name, num_classes=2, width=1)
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  shapes = jax.eval_shape(lambda x: apply.init(net, KEY, x, train=False), image)
+  draw = lambda x: RNG.normal(size=x.shape).astype(x.dtype)
+  made = jax.tree.map(draw, shapes)
+  got = resnet.from_state_dict(net, resnet.to_state_dict(net, *made))
+  jax.tree.map(np.testing.assert_array_equal, got, made)
+
+
+def test_state_dict_without_its_head():
+  module = _tiny()
+  params, collections = _drawn(module)
+  tensors = resnet.to_state_dict(module, params, collections)
+  other = resnet.ResNet((1, 1), "basic", 7, width=4, stem="small")
+  with pytest.raises(InputError, match=r"fc.weight \(5, 8\) instead of \(7, 8"):
+    resnet.from_state_dict(other, tensors)
+  got, stats = resnet.from_state_dict(other, tensors, head=False)
+  features = lambda net, p, c: apply.apply(
+    net, p, c, IMAGES, train=False, method="features"
+  )[0]
+  np.testing.assert_array_equal(
+    features(other, got, stats), features(module, params, collections)
+  )
+
+
+def test_state_dict_refuses_by_name():
+  module = _tiny()
+  tensors = resnet.to_state_dict(module, *_drawn(module))
+  lacking = {k: v for k, v in tensors.items() if k != "layer1.0.bn2.bias"}
+  for given, message in (
+    (lacking, r"missing: layer1\.0\.bn2\.bias\."),
+    (tensors | {"layer9.x": np.ones(2)}, "not known: layer9.x"),
+    (tensors | {"bn1.bias": np.ones(9)}, r"bn1.bias \(9,\) instead of \(4,"),
+    ({}, "missing: .* more"),
+  ):
+    with pytest.raises(InputError, match=message):
+      resnet.from_state_dict(module, given)
+  with pytest.raises(ValueError, match="form must be 'torchvision' or"):
+    resnet.to_state_dict(module, {}, {}, form="caffe")
+
+
+@pytest.mark.parametrize(
+  ("block", "stem"), [("basic", "imagenet"), ("bottleneck", "small")]
+)
+def test_a_mask_keeps_features_as_they_are_alone(block, stem):
+  module = resnet.ResNet((1, 1), block, 5, width=4, stem=stem)
+  images = RNG.normal(size=(2, 16, 13, 3)).astype(np.float32)
+  params, collections = _drawn(module, images)
+  call = jax.jit(
+    lambda x, mask: apply.apply(
+      module, params, collections, x, train=False, method="features", mask=mask
+    )[0]
+  )
+  sizes, mask = ((9, 13), (16, 6)), np.zeros(images.shape[:3], bool)
+  for i, (height, width) in enumerate(sizes):
+    mask[i, :height, :width] = True
+  got = call(images, mask)
+  there = mask[:, :: module.stride, :: module.stride]
+  assert there.shape == got.shape[:3]
+  assert not np.any(np.asarray(got)[~there])
+  for i, (height, width) in enumerate(sizes):
+    want = call(images[i : i + 1, :height, :width], None)[0]
+    part = got[i, : want.shape[0], : want.shape[1]]
+    assert there[i].sum() == want.shape[0] * want.shape[1]
+    np.testing.assert_allclose(part, want, rtol=1e-4, atol=1e-5)
+
+
 def test_resnet_refuses():
+  with pytest.raises(ValueError, match="mask must be None in training"):
+    apply.init(
+      _tiny(),
+      KEY,
+      IMAGES,
+      train=True,
+      mask=np.ones((4, 8, 8), bool),
+      method="features",
+    )
   with pytest.raises(InputError, match="did you mean 'resnet50'"):
     resnet.make("resnet5O", num_classes=3)
   for options, word in (
