@@ -102,7 +102,11 @@ def test_a_missing_library_is_named(monkeypatch):
   ("spec", "options", "says"),
   [
     ("", {}, "data must be 'kind:name' or a path, got ''; the kinds are: "),
-    ("flder:x", {}, "data 'flder:x' is of no known kind.*kinds are: folder"),
+    (
+      "flder:x",
+      {},
+      "data 'flder:x' is of no known kind.*kinds are: descriptors, folder",
+    ),
     ("stream:x", {}, "no known kind"),
     ("json.decoder:x", {}, "no known kind"),
     ("no.such.module:x", {}, "no known kind"),
