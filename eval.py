@@ -30,7 +30,7 @@ def evaluate(
   config: Config,
   workdir: str | os.PathLike[str],
   *,
-  step: int | None = None,
+  step: int | str | None = None,
   pictures: bool = True,
 ) -> report.Result:
   """Runs every evaluator of a system on a checkpoint.
@@ -38,7 +38,7 @@ def evaluate(
   Args:
     config: As for training.
     workdir: The run's folder.
-    step: Which checkpoint; the newest intact one by default.
+    step: Which checkpoint, or "best"; the newest intact one by default.
     pictures: Whether to draw.
 
   Returns:
@@ -95,8 +95,13 @@ def main() -> None:
   if flags.FLAGS["config"].value is not None:
     given = command.require_config()
   configs = [given or command.read_config(w) for w in values.workdir]
+  step = values.checkpoint
+  if step is not None and step != "best":
+    if not step.isdecimal():
+      raise InputError(f"--checkpoint must be a step or best, got {step!r}.")
+    step = int(step)
   results = [
-    evaluate(config, workdir, step=values.checkpoint)
+    evaluate(config, workdir, step=step)
     for config, workdir in zip(configs, values.workdir, strict=True)
   ]
   if processes.index():
@@ -112,6 +117,6 @@ if __name__ == "__main__":
     "config", None, "A file[:mode] of configs/ instead of the run's own config."
   )
   flags.DEFINE_list("workdir", None, "One run, or several with commas between.")
-  flags.DEFINE_integer("checkpoint", None, "A step; else the newest.")
+  flags.DEFINE_string("checkpoint", None, "A step, or best; else the newest.")
   flags.DEFINE_string("output", None, "Folder to write; <workdir>/eval if not.")
   command.run(main)

@@ -136,7 +136,7 @@ def restored(
   workdir: str | os.PathLike[str],
   mesh: Mesh,
   *,
-  step: int | None = None,
+  step: int | str | None = None,
 ) -> TrainState:
   """The state of a run's checkpoint, to be used rather than trained on.
 
@@ -145,18 +145,28 @@ def restored(
     config: The run's.
     workdir: The run's folder.
     mesh: As `make_mesh` gives it.
-    step: Which checkpoint; the newest intact one by default.
+    step: Which checkpoint; "best" by `config.best_metric`, the newest intact
+      one by default.
 
   Returns:
     The state; a fresh one of systems that train nothing.
 
   Raises:
-    InputError: There is no intact checkpoint.
+    InputError: There is no intact checkpoint, or none is known as the best.
   """
   key, _ = jax.random.split(jax.random.key(config.seed))
   if system.train_step is None:
     return initialize(system.init, key, mesh)
-  saved = checkpoints.Checkpoints(workdir)
+  saved = checkpoints.Checkpoints(
+    workdir, best_metric=config.best_metric, best_mode=config.best_mode
+  )
+  if isinstance(step, str):
+    step = saved.best() if step == "best" else None
+    if step is None:
+      raise InputError(
+        f"{saved.folder} has no best checkpoint by config.best_metric="
+        f"{config.best_metric!r}; evaluate the newest, or name a step."
+      )
   like = abstract_state(system.init, key, mesh)
   found = saved.restore(like, system=config.system, step=step)
   if found is None:
