@@ -71,6 +71,20 @@ def get_config(mode: str = "published") -> Config:
   # Splits of the same data, or "kind:name@split" of others.
   config.data.eval_splits = ("valid",)
   config.data.workers = 0
+  # Options of kinds of data; those that are None are the kind's own.
+  config.data.sfm120k = ConfigDict()
+  config.data.sfm120k.positives = placeholder(str)  # Or "cluster".
+  config.data.sfm120k.normalize = placeholder(bool)
+  config.data.sfm120k.memory = placeholder(int)
+  config.data.revisited = ConfigDict()
+  config.data.revisited.distractors = placeholder(str)  # A .npy, for R1M.
+  config.data.revisited.features = placeholder(str)
+  config.data.revisited.query_features = placeholder(str)
+  config.data.revisited.normalize = placeholder(bool)
+  config.data.revisited.memory = placeholder(int)
+  config.data.descriptors = ConfigDict()
+  config.data.descriptors.normalize = placeholder(bool)
+  config.data.descriptors.memory = placeholder(int)
 
   config.bench = ConfigDict()
   # Whether to tune the rivals on the data that are evaluated, as the paper did.
@@ -135,14 +149,19 @@ def _generated(config: Config) -> None:
   config.data.landmarks.distractors = placeholder(int)
   config.data.landmarks.seed = 0
   config.network.heads = 8
+  config.network.dropout = 0.0
+  # Half as many as published, so that a run takes minutes.
+  config.neighbours = 32
+  config.draw.neighbours = (16, 32)
+  config.dba.neighbours = 24
   config.bench.compare = True
-  config.bench.sizes = (1, 2, 4, 8, 16, 32, 48)
+  config.bench.sizes = (1, 2, 4, 8, 16, 24)
   config.steps = 2000
-  config.pool.size = 4000
+  config.pool.size = 8000
   config.refresh_every = 500
   config.save_every = 500
   config.eval_every = 250
-  config.optimizer.learning_rate = 3e-4
+  config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
   config.optimizer.total_steps = config.get_ref("steps")

@@ -31,6 +31,9 @@ def read_image(
 ) -> np.ndarray:
   """The pixels of a photo, its longer side at most `image_size`.
 
+  What is cut out is scaled as if the whole photo were: its longer side is at
+  most `image_size` times its share of the photo's.
+
   Args:
     path: Of the file.
     image_size: Smaller photos keep their size.
@@ -64,7 +67,9 @@ def read_image(
       raise decode.DamagedError(
         f"{path} is {upright.width} x {upright.height}, beside its box {box}."
       )
+    whole = max(upright.size)
     upright = upright.crop((left, top, right, bottom))
+    image_size = max(1, image_size * max(upright.size) // whole)
   upright.thumbnail(
     (image_size, image_size), Image.Resampling.LANCZOS, reducing_gap=None
   )

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from jaxshape.data import sources
 from jaxshape.errors import InputError
 from jaxshape.retrieval import search
 
 Example = dict[str, Any]  # Arrays and NumPy scalars.
 _LOST = ("_lock", "_same")
+_BLOCK = 2**14  # Queries that are searched at a time.
 
 
 class Truth(NamedTuple):
@@ -169,18 +171,27 @@ class Queries:
     """Searches once, for all queries."""
     with self._lock:
       if self._found is None:
-        queries = self.queries
-        if queries is None:
-          queries = self.database[self.query_rows]
-        k = min(self.neighbours, len(self.database))
-        found = search.top_k(
-          np.asarray(queries, np.float32),
-          self.database,
-          k=k,
-          exclude=self.query_rows,
-        )
-        self._found = Found(np.asarray(found.scores), np.asarray(found.indices))
+        parts = [
+          self._search(np.arange(first, min(first + _BLOCK, len(self))))
+          for first in range(0, len(self), _BLOCK)
+        ]
+        self._found = Found(*map(np.concatenate, zip(*parts, strict=True)))
       return self._found
+
+  def _search(self, some: np.ndarray) -> Found:
+    """A part of the queries, as together they may not fit into memory."""
+    rows = self.query_rows[some]
+    if self.queries is None:
+      queries = self.database[rows]
+    else:
+      queries = self.queries[some]
+    found = search.top_k(
+      np.asarray(queries, np.float32),
+      self.database,
+      k=min(self.neighbours, len(self.database)),
+      exclude=rows,
+    )
+    return Found(np.asarray(found.scores), np.asarray(found.indices))
 
   def truth(self, i: int) -> Truth:
     """What matters to a query."""
@@ -220,6 +231,12 @@ class Queries:
       }
     return {"query": self.query(i), **example, "cluster": np.int32(cluster)}
 
+  def positives(self, i: int) -> np.ndarray:
+    """Rows that a query learns from."""
+    if self._positives is not None:
+      return self._positives[i]
+    return self.truth(i).relevant
+
   def sample(self, i: int, rng: np.random.Generator) -> Example:
     """An example with a relevant row, drawn.
 
@@ -233,11 +250,7 @@ class Queries:
     Raises:
       InputError: The query has none.
     """
-    rows = (
-      self._positives[i]
-      if self._positives is not None
-      else self.truth(i).relevant
-    )
+    rows = self.positives(i)
     if not len(rows):
       raise InputError(
         f"query {self.names[i] if self.names else i} has no relevant row to "
@@ -321,3 +334,73 @@ class Queries:
     order, sorted_clusters = self._same
     first, last = np.searchsorted(sorted_clusters, [cluster, cluster + 1])
     return order[first:last]
+
+
+def load(data: Mapping[str, Any], split: str, *, neighbours: int) -> Queries:
+  """Opens what a config calls a split.
+
+  Args:
+    data: With "source", "data_dir" and, by the kind of data, its options; those
+      that are None are the kind's own.
+    split: Of that source, or "kind:name@split" of another one.
+    neighbours: k.
+
+  Returns:
+    The queries.
+
+  Raises:
+    InputError: There are no such data, or they are not for retrieval.
+  """
+  spec, _, name = split.rpartition("@")
+  spec = spec or data["source"]
+  options = data.get(spec.partition(":")[0], {})
+  source = sources.load(
+    spec,
+    split=name,
+    data_dir=data["data_dir"] or None,
+    neighbours=neighbours,
+    **{k: v for k, v in options.items() if v is not None},
+  )
+  if not isinstance(source, Queries):
+    raise InputError(
+      f"data {spec!r} must hold queries and a database of descriptors, as "
+      "landmarks, revisited, sfm120k and descriptors do."
+    )
+  return source
+
+
+def trainable(source: Queries) -> Queries:
+  """The source itself, if every query has something to learn from.
+
+  Args:
+    source: Any.
+
+  Returns:
+    The source.
+
+  Raises:
+    InputError: Nothing says what rows show, or a query has no relevant row.
+  """
+  if source.clusters is None or source.query_clusters is None:
+    raise InputError(
+      "the data to train on must say what each row and each query shows "
+      "(clusters; labels, of one's own descriptors)."
+    )
+  if source._truth is None and source._positives is None:
+    kinds, counts = np.unique(source.clusters, return_counts=True)
+    of = np.searchsorted(kinds, source.query_clusters)
+    of = np.minimum(of, len(kinds) - 1)
+    known = (kinds[of] == source.query_clusters) & (source.query_clusters >= 0)
+    count = np.where(known, counts[of] - (source.query_rows >= 0), 0)
+  else:
+    count = np.array([len(source.positives(i)) for i in range(len(source))])
+  if not count.all():
+    lacking = np.flatnonzero(count == 0)
+    some = ", ".join(
+      str(source.names[i] if source.names else i) for i in lacking[:5]
+    )
+    raise InputError(
+      f"{len(lacking)} queries of {len(source)} have no relevant row to learn "
+      f"from ({some}{', ...' if len(lacking) > 5 else ''}); leave them out."
+    )
+  return source

@@ -72,7 +72,10 @@ def judge(source: Queries, queries: np.ndarray) -> Judged:
     Average precisions and precisions.
   """
   truths = [source.truth(i) for i in range(len(source))]
-  names = metrics.PROTOCOLS if any(len(t.hard) for t in truths) else ("easy",)
+  names = ["easy"]
+  if any(len(t.hard) for t in truths):
+    easy = any(len(t.easy) for t in truths)
+    names = [*metrics.PROTOCOLS] if easy else ["medium", "hard"]
   scores = _scores(queries, source.database)
   found = {
     name: metrics.revisited_map_of_scores(scores, truths, protocol=name, ks=KS)

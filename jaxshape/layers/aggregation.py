@@ -70,9 +70,9 @@ class Aggregator(nn.Module):
       ValueError: There are more neighbours than positions.
     """
     query, mask = jnp.asarray(query), jnp.asarray(mask)
-    tokens = jnp.concatenate(
-      [query[..., None, :], jnp.asarray(neighbours)], axis=-2
-    )
+    # What is masked leaves no trace, whatever it is.
+    near = jnp.where(mask[..., None], jnp.asarray(neighbours), 0)
+    tokens = jnp.concatenate([query[..., None, :], near], axis=-2)
     length, width = tokens.shape[-2:]
     if not self.visual:
       tokens = jnp.zeros_like(tokens)
@@ -85,7 +85,8 @@ class Aggregator(nn.Module):
       scale = nn.initializers.normal(self.position_scale)
       places = self.param("positions", scale, (self.positions, width))
       tokens = tokens + places[:length]
-    seen = jnp.concatenate([jnp.ones_like(mask[..., :1]), mask], axis=-1)
+    one = jnp.ones((*mask.shape[:-1], 1), bool)
+    seen = jnp.concatenate([one, mask], axis=-1)
     encoded = attention.Encoder(
       layers=self.layers,
       heads=self.heads,
@@ -144,8 +145,9 @@ def weigh(
     The query's weight first.
   """
   cosines, mask = jnp.asarray(cosines), jnp.asarray(mask)
-  whole = jnp.concatenate([jnp.ones_like(cosines[..., :1]), cosines], axis=-1)
-  seen = jnp.concatenate([jnp.ones_like(mask[..., :1]), mask], axis=-1)
+  one = jnp.ones((*mask.shape[:-1], 1))
+  whole = jnp.concatenate([one, cosines], axis=-1)
+  seen = jnp.concatenate([one > 0, mask], axis=-1)
   if temperature is None:
     return jnp.where(seen, whole, 0)
   return jax.nn.softmax(whole / temperature, axis=-1, where=seen)

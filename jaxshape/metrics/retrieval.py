@@ -2,8 +2,8 @@
 
 NumPy on the host, exact in float64. A ranking holds rows of the database, best
 first. A rank is a place in it, counted from 0; -1 stands for "never found". In
-lists of rows, -1 at the end is padding. Rows are taken out of a ranking where
-they are junk: what comes after moves up.
+lists of rows, -1 is padding, in rankings at the end only. Rows are taken out of
+a ranking where they are junk: what comes after moves up.
 
 Numbers come from whole rankings, or from scores without sorting them, which for
 a million rows is faster; both go through the same formulas of ranks.
@@ -643,10 +643,12 @@ def _whole(values: Any, name: str) -> np.ndarray:
 
 
 def _rows(values: Any, name: str, size: Size | None = None) -> np.ndarray:
-  """A list of rows without the padding at its end."""
+  """A list of rows without padding, which of a ranking is at its end."""
   rows = _whole(values, name)
   real = np.flatnonzero(rows != -1)
-  rows = rows[: real[-1] + 1 if len(real) else 0]
+  if name == "ranking":
+    real = slice(0, real[-1] + 1 if len(real) else 0)
+  rows = rows[real]
   _check_range(rows, name, size)
   return rows
 

@@ -159,6 +159,7 @@ def alpha_qe_weights(
   if known is not None and not 0 <= known < math.inf:
     raise ValueError(f"alpha must be at least 0 and finite, got {alpha}.")
   s, a = _float32(similarities), jnp.asarray(alpha, jnp.float32)
+  s = jnp.where(_used(mask, len(s)), s, 0.0)  # -inf where there is no row.
   size = jnp.abs(s)
   power = jnp.where(size > 0, size, 1.0) ** a
   power = jnp.where(size > 0, power, jnp.where(a == 0, 1.0, 0.0))
@@ -663,9 +664,10 @@ def _with_query(weights: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array, otherwise: jax.Array) -> jax.Array:
   """The direction of x, or that of `otherwise` where x is 0."""
-  x = jnp.where(jnp.sum(x * x) > 0, x, otherwise)
+  # What is not a number must stay so.
+  x = jnp.where(jnp.sum(x * x) == 0, otherwise, x)
   square = jnp.sum(x * x)
-  return x / jnp.sqrt(jnp.where(square > 0, square, 1.0))
+  return x / jnp.sqrt(jnp.where(square == 0, 1.0, square))
 
 
 def _check_count(name: str, n: Any, low: Any, high: Any, what: str) -> None:

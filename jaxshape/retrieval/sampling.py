@@ -72,7 +72,8 @@ def hardest(
   """
   pool, kinds = jnp.asarray(pool), jnp.asarray(pool_clusters)
   scores = jnp.asarray(queries) @ pool.T
-  own = kinds == jnp.asarray(clusters)[:, None]
+  of = jnp.asarray(clusters)[:, None]
+  own = (kinds == of) & (of > ALONE)
   scores = jnp.where(own | (kinds == EMPTY), -jnp.inf, scores)
   rows, there = [], []
   for _ in range(count):

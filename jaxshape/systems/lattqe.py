@@ -23,6 +23,7 @@ Reference:
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import functools
 from typing import Any
 
@@ -31,8 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxshape.data import sources, stream
-from jaxshape.data.retrieval_examples import Queries
+from jaxshape.data import retrieval_examples, stream
 from jaxshape.engine import optimizers, retrieval_evaluators, steps
 from jaxshape.errors import InputError
 from jaxshape.layers import aggregation, apply
@@ -66,7 +66,7 @@ def expand(
   *,
   mask: Bool[ArrayLike, "*batch k"] | None = None,
   database: bool = False,
-  heads: int = 64,
+  heads: int,
   visual: bool = True,
 ) -> Float[Array, "*batch dim"]:
   """Expands queries with trained parameters.
@@ -77,7 +77,8 @@ def expand(
     neighbours: Of length 1, best first.
     mask: False where there is none; by default all are there.
     database: Whether these are rows of the database (Eq. 4).
-    heads: Of the attention; all other sizes are those of the parameters.
+    heads: As the network was trained; they leave no trace in the parameters,
+      off which all other sizes are read.
     visual: Whether the network was trained to see descriptors.
 
   Returns:
@@ -100,6 +101,24 @@ def expand(
   return _expanded(
     net, params["net"], query, neighbours, mask, temperature=temperature
   )[0]
+
+
+def expander(params: PyTree, *, heads: int, database: bool = False) -> Any:
+  """A trained network in the form of the functions of `retrieval.expansion`.
+
+  Args:
+    params: As in `expand`, like what follows.
+    heads: As the network was trained.
+    database: Whether rows of the database are to be expanded.
+
+  Returns:
+    `(query, neighbours, similarities, mask) -> expanded`, for example for
+    `expansion.augment_database(database, k=48, expand=...)`.
+  """
+  one = lambda params, query, near, _, mask: expand(
+    params, query, near, mask=mask, heads=heads, database=database
+  )
+  return jax.tree_util.Partial(one, params)
 
 
 def _expanded(
@@ -133,7 +152,11 @@ def _expanded(
 def make(config: Config) -> System:
   """The expansion that a config describes."""
   _check(config)
-  opened = functools.cache(functools.partial(_source, config))
+  opened = functools.cache(
+    functools.partial(
+      retrieval_examples.load, config.data, neighbours=config.neighbours
+    )
+  )
   net = _network(config)
 
   def network_loss(
@@ -213,7 +236,7 @@ def make(config: Config) -> System:
   def refresh(state: TrainState) -> TrainState:
     """Another pool of rows to find negatives in."""
     source, size = opened(config.data.train_split), config.pool.size
-    known = _clusters(source)
+    known = retrieval_examples.trainable(source).clusters
     draw = np.random.default_rng([config.seed, int(state.step)])
     rows = np.sort(draw.permutation(len(source.database))[:size])
     some, clusters = source.database[rows], known[rows]
@@ -241,7 +264,7 @@ def make(config: Config) -> System:
 
   def train_data(step: int) -> Iterator[Batch]:
     return stream.train(
-      opened(config.data.train_split),
+      retrieval_examples.trainable(opened(config.data.train_split)),
       batch_size=config.batch_size,
       seed=config.seed,
       start_step=step,
@@ -295,45 +318,14 @@ def _network(config: Config) -> aggregation.Aggregator:
   return aggregation.Aggregator(positions=positions, dtype=dtype, **network)
 
 
-def _source(config: Config, split: str) -> Queries:
-  """A split of the config's data, or "kind:name@split" of others."""
-  data = config.data
-  spec, _, other = split.rpartition("@")
-  spec = spec or data.source
-  options = data.get(spec.partition(":")[0], {})
-  source = sources.load(
-    spec,
-    split=other,
-    data_dir=data.data_dir or None,
-    neighbours=config.neighbours,
-    **{k: v for k, v in options.items() if v is not None},
-  )
-  if not isinstance(source, Queries):
-    raise InputError(
-      f"data {spec!r} must hold descriptors and queries, as landmarks, "
-      "revisited, sfm120k and descriptors do."
-    )
-  return source
-
-
-def _clusters(source: Queries) -> np.ndarray:
-  if source.clusters is None:
-    raise InputError(
-      "the data to train on must say which rows show the same (clusters)."
-    )
-  return source.clusters
-
-
 def _width(config: Config, opened: Any) -> int:
   """Of the descriptors, also where only the data to evaluate are at hand."""
   try:
-    source = opened(config.data.train_split)
+    return opened(config.data.train_split).database.shape[1]
   except InputError as error:
-    try:
-      source = opened(config.data.eval_splits[0])
-    except (IndexError, InputError):
-      raise error from None
-  return source.database.shape[1]
+    with contextlib.suppress(IndexError, InputError):
+      return opened(config.data.eval_splits[0]).database.shape[1]
+    raise error from None
 
 
 def _evaluators(
@@ -350,6 +342,11 @@ def _evaluators(
       sizes=tuple(n for n in bench.sizes if n < config.neighbours),
     )
     name = split.rpartition("@")[2]
+    if name in out:
+      raise InputError(
+        f"config.data.eval_splits has two splits of the name {name!r}, which "
+        "is what their numbers are called; evaluate one after the other."
+      )
     out[name] = search(functools.partial(opened, split), rivals=rivals)
     if config.dba.start:
       out[f"{name}_dba"] = retrieval_evaluators.augmented(
@@ -385,17 +382,20 @@ def _check(config: Config) -> None:
       "config.dba.neighbours must be at most config.neighbours="
       f"{config.neighbours}, got {config.dba.neighbours}."
     )
+  if config.draw.neighbours[1] != config.neighbours:
+    raise InputError(
+      "config.draw.neighbours must end with config.neighbours="
+      f"{config.neighbours}, or positions are never trained or never used; got "
+      f"{tuple(config.draw.neighbours)}."
+    )
   if not config.dba.temperature > 0:
     raise InputError(
       f"config.dba.temperature must be above 0, got {config.dba.temperature}."
     )
   if config.pool.negatives and not config.refresh_every:
     raise InputError(
-      "config.refresh_every must be above 0: the pool of negatives is empty "
+      "config.refresh_every must be above 0, as the pool of negatives is empty "
       "until its first refresh; or set config.pool.negatives=0."
     )
-  # What else does not fit is refused where it is used.
-  thinned = functools.partial(
-    _thinned, config, batch={"valid": np.ones((1, 1), bool)}
-  )
-  jax.eval_shape(thinned, jax.random.key(0))
+  mask = {"valid": np.ones((1, 1), bool)}  # The rest is refused by its users.
+  jax.eval_shape(lambda key: _thinned(config, key, mask), jax.random.key(0))

@@ -8,9 +8,10 @@ import pytest
 
 from configs import lattqe as configs
 from jaxshape import system as system_lib
+from jaxshape.data import retrieval_examples
 from jaxshape.errors import InputError
 from jaxshape.layers import aggregation, apply
-from jaxshape.retrieval import search
+from jaxshape.retrieval import expansion, search
 from jaxshape.systems import lattqe
 
 
@@ -138,7 +139,9 @@ def test_the_database_side_is_sharper_with_a_lower_temperature(tiny):
 
 def test_the_pool_holds_rows_of_the_training_data_and_changes(tiny):
   config, system, state, _ = tiny
-  source = lattqe._source(config, "train")
+  source = retrieval_examples.load(
+    config.data, "train", neighbours=config.neighbours
+  )
   pool = state.extra["pool"]
   rows = np.asarray(pool["rows"])
   found = search.top_k(rows, source.database, k=1)
@@ -149,6 +152,41 @@ def test_the_pool_holds_rows_of_the_training_data_and_changes(tiny):
   np.testing.assert_array_equal(again, rows)
   later = system.refresh(state.replace(step=state.step + 2))
   assert (np.asarray(later.extra["pool"]["rows"]) != rows).any()
+
+
+def test_as_a_method_it_augments_a_database(tiny):
+  config, _, state, _ = tiny
+  source = retrieval_examples.load(config.data, "train", neighbours=8)
+  rows = source.rows(4)
+  batch = [rows[i] for i in range(len(rows))]
+  stack = lambda name: np.stack([example[name] for example in batch])
+  want = lattqe.expand(
+    state.params,
+    stack("query"),
+    stack("neighbours"),
+    heads=config.network.heads,
+    database=True,
+  )
+  method = lattqe.expander(
+    state.params, heads=config.network.heads, database=True
+  )
+  got = expansion.augment_database(source.database, k=4, expand=method)
+  np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+def test_what_is_masked_leaves_no_trace_and_nan_stays_nan(tiny):
+  config, _, state, batch = tiny
+  expand = functools.partial(
+    lattqe.expand, state.params, heads=config.network.heads
+  )
+  near = batch["neighbours"].copy()
+  mask = np.arange(8) < np.full((8, 1), 5)
+  want = expand(batch["query"], near, mask=mask)
+  near[:, 6] = np.nan
+  np.testing.assert_array_equal(expand(batch["query"], near, mask=mask), want)
+  assert np.isnan(expand(batch["query"], near)).all()
+  none = expand(batch["query"], near[:, :0])
+  np.testing.assert_allclose(none, batch["query"], atol=1e-6)
 
 
 def test_the_loss_is_that_of_the_paper(tiny):
@@ -232,11 +270,16 @@ def test_other_data_are_evaluated_by_their_own_name(tmp_path):
   [
     ({"network.dtype": "float64"}, "network.dtype must be one of float32"),
     ({"neighbours": 0}, "config.neighbours must be at least 1, got 0"),
+    ({"neighbours": 20}, r"must end with config.neighbours=20.*\(4, 8\)"),
+    (
+      {"data.eval_splits": ("test", "landmarks@test")},
+      "two splits of the name",
+    ),
     ({"dba.neighbours": 9}, "dba.neighbours must be at most .*=8, got 9"),
     ({"dba.temperature": 0.0}, "dba.temperature must be above 0"),
-    ({"refresh_every": 0}, "refresh_every must be above 0: the pool"),
+    ({"refresh_every": 0}, "refresh_every must be above 0, as the pool"),
     ({"pool.negatives": -1}, "pool.negatives must be at least 0, got -1"),
-    ({"draw.neighbours": (5, 4)}, "fewest <= most"),
+    ({"draw.neighbours": (9, 8)}, "fewest <= most"),
     ({"data.source": "lidar_scenes"}, "no option 'neighbours'"),
     ({"data.source": "revisited:nowhere"}, "nowhere"),
   ],
@@ -252,7 +295,7 @@ def test_data_without_clusters_cannot_be_trained_on(tmp_path):
   np.save(tmp_path / "train_queries.npy", rows[:4])
   config = _config(**{"data.source": f"descriptors:{tmp_path}"})
   system = system_lib.load(config)
-  with pytest.raises(InputError, match="which rows show the same"):
+  with pytest.raises(InputError, match="what each row and each query"):
     system.refresh(system.init(jax.random.key(0)))
 
 
