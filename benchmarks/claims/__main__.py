@@ -108,9 +108,14 @@ def summarize(
   for metric in study.metrics:
     cells = []
     for variant in variants:
-      values = np.asarray([found[seed, variant][metric] for seed in seeds])
+      # Not every variant is measured by everything.
+      values = np.asarray(
+        [found[seed, variant].get(metric, math.nan) for seed in seeds]
+      )
       spread = values.std(ddof=1) if len(seeds) > 1 else 0.0
-      cells.append(f"{_spell(values.mean())} ± {_spell(spread)}")
+      measured = not np.isnan(values).all()
+      cell = f"{_spell(values.mean())} ± {_spell(spread)}" if measured else "-"
+      cells.append(cell)
     rows.append(f"| {metric} | " + " | ".join(cells) + " |")
   verdicts = [
     _judge(claim, seeds, found)

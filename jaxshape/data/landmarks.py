@@ -68,10 +68,10 @@ from jaxshape.errors import InputError
 
 # In this order: a split's place here is part of its seeds.
 SPLITS = ("train", "valid", "test")
-LANDMARKS = {"train": 300, "valid": 100, "test": 70}
-DISTRACTORS = {"train": 2000, "valid": 2000, "test": 4000}
-# Of "train", every view of a landmark is a query.
-QUERIES = {"valid": 200, "test": 100}
+LANDMARKS = {"train": 3000, "valid": 100, "test": 70}
+DISTRACTORS = {"train": 45_000, "valid": 2000, "test": 4000}
+# At most: of "train" and "valid" they are views of landmarks in the database.
+QUERIES = {"train": 20_000, "valid": 200, "test": 100}
 _GROUP, _LANDMARK, _DISTRACTORS, _QUERY, _PAIRS = range(5)
 
 _IDENTITY, _STYLE, _LIGHT = 0.75, 0.10, 0.15

@@ -6,6 +6,8 @@ first; tokens have length 1.
 Reference:
   Gordo et al., "Attention-Based Query Expansion Learning", ECCV 2020, Sec. 3.3
   and 3.4.
+  Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Sec. 3.4 (tokens
+  times sqrt(dim)).
 """
 
 from typing import Any
@@ -30,6 +32,7 @@ class Aggregator(nn.Module):
     positions: Most tokens, with the query; 0 for none (Table 2, iv).
     visual: Whether descriptors are seen, or positions alone (Table 2, v).
     position_scale: Standard deviation of the positions at the start.
+    alike: Whether queries and keys of the attention start equal.
     dropout: Share of what is dropped in training.
     dtype: Of the computation.
   """
@@ -40,7 +43,8 @@ class Aggregator(nn.Module):
   attention: bool = True
   positions: int = 65
   visual: bool = True
-  position_scale: float = 0.02
+  position_scale: float = 0.3
+  alike: bool = True
   dropout: float = 0.1
   dtype: Any = jnp.float32
 
@@ -74,6 +78,8 @@ class Aggregator(nn.Module):
     near = jnp.where(mask[..., None], jnp.asarray(neighbours), 0)
     tokens = jnp.concatenate([query[..., None, :], near], axis=-2)
     length, width = tokens.shape[-2:]
+    # Numbers of about 1, so that the first layer, too, tells what is alike.
+    tokens = tokens * width**0.5
     if not self.visual:
       tokens = jnp.zeros_like(tokens)
     if self.positions:
@@ -94,6 +100,7 @@ class Aggregator(nn.Module):
       attention=self.attention,
       dropout=self.dropout,
       dtype=self.dtype,
+      alike=self.alike,
       name="encoder",
     )(tokens.astype(self.dtype), mask=seen, train=train)
     encoded = encoded.astype(jnp.float32)

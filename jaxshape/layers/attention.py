@@ -43,6 +43,13 @@ def _dense(
   return nn.Dense(features, dtype=dtype, name=name, **given)
 
 
+def _alike(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+  """Xavier's start of queries, keys and values; keys as the queries."""
+  whole = nn.initializers.xavier_uniform()(key, shape, dtype)
+  query, _, value = jnp.split(whole, 3, axis=1)
+  return jnp.concatenate([query, query, value], axis=1)
+
+
 class SelfAttention(nn.Module):
   """Every token asks every other one: multi-head attention.
 
@@ -53,6 +60,8 @@ class SelfAttention(nn.Module):
     heads: How many; they divide the width.
     dropout: Share of the attention's weights that training sets to 0.
     dtype: What is computed in.
+    alike: Whether queries and keys start equal, so that a token first asks
+      those that are like itself.
 
   Reference:
     Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Eq. 1 and
@@ -62,6 +71,7 @@ class SelfAttention(nn.Module):
   heads: int
   dropout: float = 0.1
   dtype: Dtype = jnp.float32
+  alike: bool = False
 
   @nn.compact
   @typed
@@ -88,7 +98,7 @@ class SelfAttention(nn.Module):
       3 * width,
       self.dtype,
       "in_proj",
-      kernel_init=nn.initializers.xavier_uniform(),
+      kernel_init=_alike if self.alike else nn.initializers.xavier_uniform(),
       bias_init=nn.initializers.zeros,
     )
     # Heads before tokens: products of contiguous matrices are the fastest form
@@ -140,6 +150,7 @@ class EncoderLayer(nn.Module):
     attention: Whether tokens attend to each other. Without, a linear layer on
       each token by itself takes that place, and the mask changes nothing.
     dtype: What is computed in.
+    alike: As in `SelfAttention`.
 
   Reference:
     Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Sec. 3.1-3.3.
@@ -151,6 +162,7 @@ class EncoderLayer(nn.Module):
   epsilon: float = 1e-5
   attention: bool = True
   dtype: Dtype = jnp.float32
+  alike: bool = False
 
   @nn.compact
   @typed
@@ -182,7 +194,7 @@ class EncoderLayer(nn.Module):
     )
     if self.attention:
       attend = SelfAttention(
-        self.heads, self.dropout, self.dtype, name="self_attn"
+        self.heads, self.dropout, self.dtype, self.alike, name="self_attn"
       )
       heard = attend(x, mask=mask, train=train)
     else:
@@ -233,6 +245,7 @@ class Encoder(nn.Module):
     epsilon: Of the normalizations.
     attention: Whether tokens attend to each other.
     dtype: What is computed in.
+    alike: As in `SelfAttention`.
 
   Reference:
     Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Sec. 3.1.
@@ -245,6 +258,7 @@ class Encoder(nn.Module):
   epsilon: float = 1e-5
   attention: bool = True
   dtype: Dtype = jnp.float32
+  alike: bool = False
 
   @nn.compact
   @typed
@@ -275,6 +289,7 @@ class Encoder(nn.Module):
         self.epsilon,
         self.attention,
         self.dtype,
+        self.alike,
         name=f"layers_{i}",
       )
       x = layer(x, mask=mask, train=train)

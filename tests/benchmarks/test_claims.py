@@ -132,6 +132,18 @@ def test_numbers_that_are_missing_decide_nothing():
   assert "NaN" not in json.dumps(data)
 
 
+def test_what_a_variant_is_not_measured_by_is_left_blank():
+  found = _found(_ours(0.1, 0.1, 0.1, 0.1, 0.1))
+  study = dataclasses.replace(_study(), metrics=("x/score", "x/other"))
+  for (_, variant), row in found.items():
+    if variant == "ours":
+      row["x/other"] = 0.5
+  text, _ = claims_main.summarize(
+    study, "some", ("plain", "ours"), SEEDS, found
+  )
+  assert _row(text, "x/other") == ["x/other", "-", "0.500 ± 0.000"]
+
+
 def test_the_raw_numbers_survive_json():
   found = _found(_ours(0.1, 0.2, 0.3, 0.4, 1 / 3))
   _, data = _summary(found)

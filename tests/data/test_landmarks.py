@@ -284,7 +284,7 @@ def test_written_test_set_is_read_as_the_public_one(folder):
 
 def test_written_training_sets_are_read_as_the_public_ones(folder):
   for split, name, count, others in (
-    ("train", "train", 12, 80), ("valid", "val", 4, 80)
+    ("train", "train", 120, 1800), ("valid", "val", 4, 80)
   ):  # fmt: skip
     made = landmarks.open_source(
       split=split, seed=5, dimensions=32, landmarks=count, distractors=others

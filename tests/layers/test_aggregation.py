@@ -36,7 +36,7 @@ def test_cosines_of_encoded_tokens_with_positions():
   net, params = _made()
   query, near, _ = _tokens()
   tokens = np.concatenate([query[:, None], near], axis=1)
-  tokens = tokens + np.asarray(params["positions"])
+  tokens = tokens * 8**0.5 + np.asarray(params["positions"])
   encoder = attention.Encoder(layers=1, heads=2)
   seen = np.ones((2, 6), bool)
   encoded = apply.apply(

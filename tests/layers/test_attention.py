@@ -311,3 +311,14 @@ def test_encoder_refuses_shapes():
     call(TOKENS, mask=MASK[:, :3])
   with pytest.raises(TypeCheckError, match="tokens"):
     call(TOKENS[0, 0])
+
+
+def test_queries_and_keys_may_start_alike():
+  tokens = np.random.default_rng(0).standard_normal((2, 5, 8), np.float32)
+  layer = attention.SelfAttention(heads=2, alike=True)
+  kernel = layer.init(jax.random.key(0), tokens, train=False)["params"][
+    "in_proj"
+  ]["kernel"]
+  query, key, value = np.split(np.asarray(kernel), 3, axis=1)
+  np.testing.assert_array_equal(query, key)
+  assert (query != value).any()
