@@ -51,11 +51,6 @@ class Judged(NamedTuple):
   precisions: Mapping[str, np.ndarray]
 
   @property
-  def ap(self) -> np.ndarray:
-    """Of each query, the mean of what `mean` averages."""
-    return np.mean([self.aps[name] for name in _main(self.aps)], axis=0)
-
-  @property
   def mean(self) -> float:
     """Of Medium and Hard, or of the only protocol: mAP."""
     return float(np.mean([np.nanmean(self.aps[n]) for n in _main(self.aps)]))
@@ -220,10 +215,10 @@ def _numbers(
     means = np.nanmean(last.precisions[name], axis=0)
     for k, mean in zip(KS, means, strict=True):
       numbers[f"mP_{k}_{name}"] = float(mean)
-  for name, by in _groupings(source, plain).items():
-    gains = metrics.grouped_gain(plain.ap, last.ap, by).gain
-    for group, gain in zip(GROUPS, gains, strict=True):
-      numbers[f"gain_{name}_{group}"] = float(gain)
+  for (by, name), values in _groupings(source, plain).items():
+    gain = metrics.grouped_gain(plain.aps[name], last.aps[name], values).gain
+    for group, value in zip(GROUPS, gain, strict=True):
+      numbers[f"gain_{by}_{group}_{name}"] = float(value)
   if len(found) > 1:
     numbers |= {f"mAP_at_{n}": judged.mean for n, judged in found.items()}
     numbers["drop"] = _drop({n: judged.mean for n, judged in found.items()})
@@ -238,10 +233,10 @@ def _pictures(
   expanded: np.ndarray,
 ) -> Mapping[str, Figure]:
   curves = {"network": {n: judged.mean for n, judged in found.items()}}
-  after = {"network": found[source.neighbours].ap}
+  after = {"network": found[source.neighbours].aps}
   for name, tried in tuned.items():
     best, curves[name] = _best(tried)
-    after[name] = tried[best].ap
+    after[name] = tried[best].aps
   some = min(SHOWN, len(source))
   out = {
     "rankings before and after": retrieval_pictures.rankings(
@@ -250,7 +245,7 @@ def _pictures(
       _scores(expanded[:some], source.database),
     ),
     "gain by group": retrieval_pictures.groups(
-      plain.ap, after, _groupings(source, plain)
+      plain.aps, after, _groupings(source, plain)
     ),
   }
   if len(found) > 1:
@@ -368,7 +363,14 @@ def _drop(curve: Mapping[int, float]) -> float:
   return max(curve.values()) - curve[max(curve)]
 
 
-def _groupings(source: Queries, plain: Judged) -> Mapping[str, np.ndarray]:
-  """What the queries are grouped by (Fig. 4)."""
-  counts = [len(source.truth(i).relevant) for i in range(len(source))]
-  return {"relevant": np.array(counts), "ap": plain.ap}
+def _groupings(
+  source: Queries, plain: Judged
+) -> Mapping[tuple[str, str], np.ndarray]:
+  """What queries are grouped by, and under which protocol (Fig. 4)."""
+  truths = [source.truth(i) for i in range(len(source))]
+  out: dict[tuple[str, str], np.ndarray] = {}
+  for name in _main(plain.aps):
+    out["relevant", name] = metrics.relevant_counts(truths, protocol=name)
+    # Queries without relevant rows are in no group.
+    out["ap", name] = np.nan_to_num(plain.aps[name])
+  return out

@@ -86,30 +86,33 @@ def curves(found: Mapping[str, Mapping[int, float]], plain: float) -> Figure:
 
 
 def groups(
-  before: np.ndarray,
-  after: Mapping[str, np.ndarray],
-  by: Mapping[str, np.ndarray],
+  before: Mapping[str, np.ndarray],
+  after: Mapping[str, Mapping[str, np.ndarray]],
+  by: Mapping[tuple[str, str], np.ndarray],
 ) -> Figure:
   """Relative gain in groups of queries (Fig. 4 of the paper).
 
   Args:
-    before: Average precisions without expansion.
-    after: The same by method.
-    by: What the queries are grouped by, at the percentiles 33 and 66.
+    before: Average precisions without expansion, by protocol.
+    after: The same, by method.
+    by: What the queries are grouped by, at the percentiles 33 and 66, for
+      pairs of a name and a protocol.
 
   Returns:
     One panel for each grouping.
   """
-  figure = Figure(figsize=(4.5 * len(by), 3.4), layout="constrained")
+  figure = Figure(figsize=(4.2 * len(by), 3.4), layout="constrained")
   panels = figure.subplots(1, len(by), squeeze=False)[0]
-  for axes, (name, values) in zip(panels, by.items(), strict=True):
+  for axes, ((name, protocol), values) in zip(panels, by.items(), strict=True):
     for i, (method, aps) in enumerate(after.items()):
-      gains = 100 * np.asarray(metrics.grouped_gain(before, aps, values).gain)
+      gained = metrics.grouped_gain(before[protocol], aps[protocol], values)
+      gains = 100 * np.asarray(gained.gain)
       places = np.arange(len(gains)) + (i - len(after) / 2 + 0.5) * 0.15
       axes.bar(places, gains, 0.14, label=method)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(3), ["low", "middle", "high"])
-    axes.set(xlabel=f"queries by {name}", ylabel="relative gain of mAP (%)")
+    label = {"relevant": "number of relevant rows", "ap": "AP before"}[name]
+    axes.set(title=protocol, xlabel=label, ylabel="relative gain of mAP (%)")
   panels[0].legend(fontsize=8)
   return figure
 

@@ -359,6 +359,7 @@ def from_state_dict(tensors: Mapping[str, Any], prefix: str) -> PyTree:
     tensors: Arrays by name, as in `to_state_dict`. Names that do not begin with
       the prefix and "layers." are left alone, as is a "module." before all.
     prefix: What every name begins with, before "layers."; with its full stop.
+      Of a single `TransformerEncoderLayer`, put "layers.0." before each name.
 
   Returns:
     Float32 parameters.

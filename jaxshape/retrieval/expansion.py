@@ -433,7 +433,7 @@ def dqe(
 @typed
 def expand_queries(
   queries: Float[ArrayLike, "q dim"],
-  database: Float[ArrayLike, "n dim"],
+  database: Float[Any, "n dim"],
   *,
   k: Size,
   expand: Method = aqe,
@@ -525,7 +525,7 @@ def expand_queries(
 
 @typed
 def augment_database(
-  database: Float[ArrayLike, "n dim"],
+  database: Float[Any, "n dim"],
   *,
   k: Size,
   expand: Method = aqe,

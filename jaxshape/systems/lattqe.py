@@ -236,7 +236,7 @@ def make(config: Config) -> System:
   def refresh(state: TrainState) -> TrainState:
     """Another pool of rows to find negatives in."""
     source, size = opened(config.data.train_split), config.pool.size
-    known = retrieval_examples.trainable(source).clusters
+    known = np.asarray(retrieval_examples.trainable(source).clusters)
     draw = np.random.default_rng([config.seed, int(state.step)])
     rows = np.sort(draw.permutation(len(source.database))[:size])
     some, clusters = source.database[rows], known[rows]
