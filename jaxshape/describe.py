@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxshape.backbones import resnet, retrieval
-from jaxshape.data import decode, photos
+from jaxshape.data import decode, photos, revisited
 from jaxshape.engine import command, pickled, processes, pytorch
 from jaxshape.errors import InputError
 from jaxshape.retrieval import descriptors
@@ -419,6 +419,35 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
   part.replace(path)
 
 
+def chosen(
+  names: str | None, boxes: str | None
+) -> tuple[list[str] | None, dict[str, photos.Box] | None]:
+  """Which images are described, and what is cut out of them.
+
+  Args:
+    names: A text of names, or a ground truth of Revisited Oxford or Paris,
+      whose database is meant; None for all images.
+    boxes: A text of boxes, or such a ground truth, whose queries are meant;
+      None for whole images.
+
+  Returns:
+    Names and boxes.
+
+  Raises:
+    InputError: A file is not of that form.
+  """
+  listed = cut = None
+  if boxes:
+    public = boxes.endswith(".pkl")
+    cut = revisited.boxes(boxes) if public else photos.read_boxes(boxes)
+    listed = list(cut) if public else None
+  if names:
+    public = names.endswith(".pkl")
+    text = () if public else photos.lines(names)
+    listed = revisited.images(names) if public else [line for _, line in text]
+  return listed, cut
+
+
 def main(arguments: Sequence[str]) -> None:
   """The command line."""
   values = flags.FLAGS
@@ -454,6 +483,7 @@ def main(arguments: Sequence[str]) -> None:
   whitening = None
   if values.whitening:
     whitening = choose_whitening(network, values.whitening, scales)
+  names, boxes = chosen(values.names, values.boxes)
   output, left_out = describe(
     arguments[0],
     values.output,
@@ -462,8 +492,8 @@ def main(arguments: Sequence[str]) -> None:
     image_size=values.image_size,
     whitening=whitening,
     dimensions=values.dimensions,
-    names=values.names and [line for _, line in photos.lines(values.names)],
-    boxes=values.boxes and photos.read_boxes(values.boxes),
+    names=names,
+    boxes=boxes,
     skip_broken=values.skip_broken,
     batch_size=values.batch_size,
     bucket=values.bucket,
@@ -494,8 +524,14 @@ if __name__ == "__main__":
     "whitening", None, "A file, or a data set that --weights has one of."
   )
   flags.DEFINE_integer("dimensions", None, "Kept of the whitening's.")
-  flags.DEFINE_string("names", None, "A text of the images, one a line.")
-  flags.DEFINE_string("boxes", None, "A text: name left top right bottom.")
+  flags.DEFINE_string(
+    "names", None, "A text of the images, one a line; or gnd_<name>.pkl."
+  )
+  flags.DEFINE_string(
+    "boxes",
+    None,
+    "A text: name left top right bottom; or gnd_<name>.pkl, for its queries.",
+  )
   flags.DEFINE_bool("skip_broken", False, "Leaves damaged images out.")
   flags.DEFINE_integer("batch_size", None, "1 on CPUs, 8 elsewhere.")
   flags.DEFINE_integer("bucket", 128, "Sides are padded to multiples of it.")

@@ -1,5 +1,6 @@
 """Folders of photos in, descriptors out."""
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -324,3 +325,32 @@ def test_regions_compile_for_the_size_itself(network):
   got = extract(other.variables, image, np.array([[16, 12]]))
   assert got.shape == (1, DIMENSIONS)
   assert descriptors.regions(4, 3, levels=1) == [(0, 0, 3), (1, 0, 3)]
+
+
+def test_a_public_ground_truth_names_images_and_boxes(tmp_path):
+  entry = {"easy": [0], "hard": [], "junk": [1], "bbx": [1, 2.5, 30, 40]}
+  content = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [entry]}
+  path = tmp_path / "gnd_some.pkl"
+  path.write_bytes(pickle.dumps(content, protocol=2))
+  names, boxes = describe.chosen(None, str(path))
+  assert names == ["q.jpg"]
+  assert boxes == {"q.jpg": (1.0, 2.5, 30.0, 40.0)}
+  assert describe.chosen(str(path), None) == (["a.jpg", "b.jpg"], None)
+  (tmp_path / "some.txt").write_text("x.png\n\ny.png\n")
+  assert describe.chosen(str(tmp_path / "some.txt"), None)[0] == [
+    "x.png",
+    "y.png",
+  ]
+  assert describe.chosen(None, None) == (None, None)
+  del entry["bbx"]
+  path.write_bytes(pickle.dumps(content, protocol=2))
+  with pytest.raises(InputError, match=r"gnd\[0\] has no bbx of four numbers"):
+    describe.chosen(None, str(path))
+
+
+def test_what_is_cut_out_is_scaled_like_the_whole_photo(tmp_path):
+  Image.new("RGB", (80, 40), "red").save(tmp_path / "a.png")
+  read = functools.partial(photos.read_image, tmp_path / "a.png")
+  assert read(image_size=40).shape == (20, 40, 3)
+  assert read(image_size=40, box=(0, 0, 40, 20)).shape == (10, 20, 3)
+  assert read(image_size=99, box=(0, 0, 40, 20)).shape == (20, 40, 3)

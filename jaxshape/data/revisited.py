@@ -20,6 +20,7 @@ Reference:
 """
 
 from collections.abc import Mapping, Sequence
+import os
 import pathlib
 from typing import Any
 
@@ -100,6 +101,53 @@ def open_source(
     k=neighbours,
     names=queries,
   )
+
+
+def images(path: str | os.PathLike[str]) -> list[str]:
+  """Names of the database's images in a ground truth, as files.
+
+  Args:
+    path: Of `gnd_<name>.pkl`.
+
+  Returns:
+    "<name>.jpg", in order.
+
+  Raises:
+    InputError: It is no ground truth.
+  """
+  names, _, _ = _ground_truth(pathlib.Path(path))
+  return [f"{name}.jpg" for name in names]
+
+
+def boxes(
+  path: str | os.PathLike[str],
+) -> dict[str, tuple[float, float, float, float]]:
+  """What is to be cut out of the query images of a ground truth.
+
+  Args:
+    path: Of `gnd_<name>.pkl`.
+
+  Returns:
+    Left, top, right and bottom by "<name>.jpg", in order.
+
+  Raises:
+    InputError: It is no ground truth, or lacks a box.
+  """
+  path = pathlib.Path(path)
+  _, queries, _ = _ground_truth(path)
+  entries = plain_pickle.load(path)["gnd"]
+  out = {}
+  for i, (name, entry) in enumerate(zip(queries, entries, strict=True)):
+    box = entry.get("bbx")
+    box = box.array() if isinstance(box, plain_pickle.Array) else box
+    try:
+      left, top, right, bottom = (float(x) for x in box)
+    except (TypeError, ValueError) as error:
+      raise InputError(
+        f"{path}: gnd[{i}] has no bbx of four numbers."
+      ) from error
+    out[f"{name}.jpg"] = (left, top, right, bottom)
+  return out
 
 
 def _queries(

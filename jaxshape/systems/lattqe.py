@@ -112,8 +112,7 @@ def expander(params: PyTree, *, heads: int, database: bool = False) -> Any:
     database: Whether rows of the database are to be expanded.
 
   Returns:
-    `(query, neighbours, similarities, mask) -> expanded`, for example for
-    `expansion.augment_database(database, k=48, expand=...)`.
+    For example for `expansion.augment_database(database, k=48, expand=...)`.
   """
   one = lambda params, query, near, _, mask: expand(
     params, query, near, mask=mask, heads=heads, database=database
