@@ -23,6 +23,7 @@ import numpy as np
 from jaxshape.data import stream
 from jaxshape.data.retrieval_examples import Queries
 from jaxshape.engine import retrieval_pictures
+from jaxshape.errors import InputError
 from jaxshape.metrics import retrieval as metrics
 from jaxshape.retrieval import expansion, search
 from jaxshape.system import Evaluator, TrainState
@@ -65,8 +66,16 @@ def judge(source: Queries, queries: np.ndarray) -> Judged:
 
   Returns:
     Average precisions and precisions.
+
+  Raises:
+    InputError: Nothing is relevant to any query.
   """
   truths = [source.truth(i) for i in range(len(source))]
+  if not any(len(t.relevant) for t in truths):
+    raise InputError(
+      "the data say of no query what is relevant to it, so there is nothing to "
+      "measure; give labels (of one's own: jaxshape/data/descriptors.py)."
+    )
   names = ["easy"]
   if any(len(t.hard) for t in truths):
     easy = any(len(t.easy) for t in truths)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxshape.data import retrieval_examples
 from jaxshape.engine import retrieval_evaluators, runtime
+from jaxshape.errors import InputError
 from jaxshape.metrics import retrieval as metrics
 from jaxshape.retrieval import expansion, search
 from jaxshape.system import TrainState
@@ -198,3 +199,22 @@ def test_pictures_show_rankings_groups_and_the_curve():
     "dqe",
     "no expansion",
   }
+
+
+def test_protocols_without_rows_are_left_out():
+  source = _source()
+  only = [
+    retrieval_examples.Truth(t.junk[:0], t.hard, t.junk)
+    for t in map(source.truth, range(len(source)))
+  ]
+  hard = retrieval_examples.Queries(
+    database=source.database, queries=source.queries, truth=only, k=6
+  )
+  judged = retrieval_evaluators.judge(hard, source.queries)
+  assert set(judged.aps) == {"medium", "hard"}
+  none = [retrieval_examples.Truth(*[t.junk[:0]] * 3) for t in only]
+  empty = retrieval_examples.Queries(
+    database=source.database, queries=source.queries, truth=none, k=6
+  )
+  with pytest.raises(InputError, match="of no query what is relevant"):
+    retrieval_evaluators.judge(empty, source.queries)
