@@ -121,9 +121,8 @@ def get_config(mode: str = "published") -> Config:
     config.network.heads = 2
     config.pool.size = 32
     config.refresh_every = 2
-    config.data.landmarks.dimensions = 16
-    config.data.landmarks.landmarks = 12
-    config.data.landmarks.distractors = 60
+    small = {"dimensions": 16, "landmarks": 12, "distractors": 60}
+    config.update({"data": {"landmarks": small}})
     config.bench.sizes = (4,)
     config.bench.rivals.sizes = (2, 4)
     config.bench.rivals.alpha = (3.0,)

@@ -41,5 +41,5 @@ STUDY = Study(
       ("the auxiliary loss", "no_auxiliary", 68.5),
     )
   ),
-  notes=lattqe.STUDY.notes[:1] + lattqe.STUDY.notes[2:],
+  notes=(lattqe.STUDY.notes[0], lattqe.STUDY.notes[2]),
 )
