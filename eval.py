@@ -98,7 +98,7 @@ def main() -> None:
   step = values.checkpoint
   if step is not None and step != "best":
     if not step.isdecimal():
-      raise InputError(f"--checkpoint must be a step or best, got {step!r}.")
+      raise InputError(f"give a step or best, got --checkpoint={step}.")
     step = int(step)
   results = [
     evaluate(config, workdir, step=step)

@@ -62,8 +62,8 @@ LANDMARKS = "LAttQE, trained on generated landmarks only"
 NOTE = (
   "A whitening that was learned on few instances makes what differs within "
   "them as long as what differs between them: those who teach are found far "
-  "worse than those whom it never saw, so that a network learns to mend what "
-  "the others hardly lack. Where a face has five more images to be found, most "
+  "worse than those whom it never saw, which may be why a network learns what "
+  "the others hardly need. Where a face has five more images to be found, most "
   f"of {ALL} neighbours are wrong."
 )
 

@@ -44,7 +44,7 @@ from jaxshape.errors import InputError
 from jaxshape.retrieval import descriptors
 
 _SAVE_SECONDS = 10.0
-_TODO, _DONE, _BROKEN = 0, 1, 2
+_LEFT, _DONE, _BROKEN = 0, 1, 2
 
 
 def load(
@@ -154,7 +154,7 @@ def describe(
     batch_size = 1 if jax.default_backend() == "cpu" else 8
   began = time.perf_counter()
   with _Rows(output, len(listed), width, settings) as rows:
-    todo = np.flatnonzero(rows.status == _TODO)
+    todo = np.flatnonzero(rows.status == _LEFT)
     bar = tqdm(
       total=len(listed),
       initial=len(listed) - len(todo),
@@ -214,7 +214,7 @@ class _Rows:
       {"descr": "<f4", "fortran_order": False, "shape": (count, width)},
     )
     self.start, self.width, self.saved = header.tell(), width, time.monotonic()
-    self.status = np.full(count, _TODO, np.uint8)
+    self.status = np.full(count, _LEFT, np.uint8)
     size = self.start + 4 * count * width
     if self.progress.exists() and self.part.exists():
       self._resume(size)
@@ -250,7 +250,7 @@ class _Rows:
       )
     if self.part.stat().st_size == size and status.shape == self.status.shape:
       # What was broken may have been mended.
-      self.status = np.where(status == _DONE, status, _TODO)
+      self.status = np.where(status == _DONE, status, _LEFT)
     else:
       raise InputError(f"{self.part} is damaged; remove it to begin anew.")
 

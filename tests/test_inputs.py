@@ -68,12 +68,12 @@ def _tiny(**changes):
     (
       "system",
       "",
-      "must be the name of a system, got ''; there are: squeezesegv3, texture",
+      "must be the name of a system, got ''; there are: lattqe, squeezesegv3",
     ),
     (
       "system",
       "nets",
-      "config.system='nets' is no system; there are: squeezesegv3, texture",
+      "config.system='nets' is no system; there are: lattqe, squeezesegv3",
     ),
     ("system", "no.where", "config.system='no.where' is no system"),
     ("optimizer.name", "x", "optimizer.name must be one of sgd, "),

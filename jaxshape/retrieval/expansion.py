@@ -152,13 +152,12 @@ def alpha_qe_weights(
     Annotation", TPAMI 2019.
 
   Note:
-    Table 1 of Gordo et al. has s_i^alpha, unclipped: dissimilar neighbours
-    then count against an odd power and in favour of an even one.
+    Table 1 of Gordo et al. has s_i^alpha, unclipped.
   """
   known = images.concrete(alpha)
   if known is not None and not 0 <= known < math.inf:
     raise ValueError(f"alpha must be at least 0 and finite, got {alpha}.")
-  s, a = _float32(similarities), jnp.asarray(alpha, jnp.float32)
+  s, a = _float32(similarities), _float32(alpha)
   s = jnp.where(_used(mask, len(s)), s, 0.0)  # -inf where there is no row.
   size = jnp.abs(s)
   power = jnp.where(size > 0, size, 1.0) ** a
@@ -663,8 +662,7 @@ def _with_query(weights: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array, otherwise: jax.Array) -> jax.Array:
-  """The direction of x, or that of `otherwise` where x is 0."""
-  # What is not a number must stay so.
+  """The direction of x, or of `otherwise` where x is 0; NaN stays NaN."""
   x = jnp.where(jnp.sum(x * x) == 0, otherwise, x)
   square = jnp.sum(x * x)
   return x / jnp.sqrt(jnp.where(square == 0, 1.0, square))
