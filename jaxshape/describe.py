@@ -40,7 +40,7 @@ from tqdm import tqdm
 from jaxshape.backbones import resnet, retrieval
 from jaxshape.data import decode, photos, revisited
 from jaxshape.engine import command, pickled, processes, pytorch
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.retrieval import descriptors
 
 _SAVE_SECONDS = 10.0
@@ -129,7 +129,7 @@ def describe(
   listed = photos.listed(root, names)
   boxes = boxes or {}
   if unknown := [name for name in boxes if name not in set(listed)]:
-    raise InputError(f"there are boxes of no image: {photos.some(unknown)}.")
+    raise InputError(f"there are boxes of no image: {few(unknown)}.")
   width = network.dimensions
   if whitening is not None:
     blank = np.zeros((1, width), np.float32)
@@ -326,16 +326,14 @@ def choose_whitening(
   elif path.is_file():
     stored = pytorch.load(path)
     if not {"m", "P"} <= set(stored):
-      raise InputError(
-        f"{path} holds {photos.some(list(stored))}, not m and P."
-      )
+      raise InputError(f"{path} holds {few(list(stored))}, not m and P.")
     found = descriptors.Whitening(stored["m"], stored["P"])
   elif name in network.whitenings:
     found = network.whitenings[name]["ss" if len(scales) == 1 else "ms"]
   else:
     raise InputError(
       f"whitening {name!r} is no file, and the network's file has "
-      f"{photos.some(list(network.whitenings)) or 'none'}."
+      f"{few(list(network.whitenings)) or 'none'}."
     )
   mean = np.asarray(found.mean, np.float32).reshape(-1)
   found = descriptors.Whitening(mean, np.asarray(found.projection, np.float32))

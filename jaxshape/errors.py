@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import types
+from typing import Any
 
 
 class InputError(ValueError):
@@ -11,6 +12,12 @@ class InputError(ValueError):
   Scripts print the message alone. Anything else that is raised is a defect of
   the program and keeps its traceback.
   """
+
+
+def few(items: Any) -> str:
+  """The first five of a sequence or an array, and how many more there are."""
+  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+  return ", ".join(map(str, items[:5])) + more
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.layers import apply, convolution
 from jaxshape.typing import Array, ArrayLike, Float, PyTree, typed
 
@@ -587,7 +587,7 @@ def from_state_dict(
     "not known": list(given),
     "of another shape": shapes,
   }
-  said = [f"{what}: {_few(names)}" for what, names in faults.items() if names]
+  said = [f"{what}: {few(names)}" for what, names in faults.items() if names]
   if said:
     raise InputError(
       f"the tensors do not fit RangeNet-{net.depth} with "
@@ -675,8 +675,3 @@ def _layout(
   if by_tap and path[-2] == "sac":
     return Layout(shape, order, (outputs, inputs * taps, 1, 1))
   return Layout(shape, order, (outputs, inputs, height, width))
-
-
-def _few(names: Sequence[str]) -> str:
-  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(names[:5]) + more

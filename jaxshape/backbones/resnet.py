@@ -26,7 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.layers import apply
 from jaxshape.typing import Array, ArrayLike, Bool, Float, PyTree, typed
 
@@ -435,7 +435,7 @@ def from_state_dict(
     "not known": list(given),
     "of another shape": shapes,
   }
-  said = [f"{what}: {_few(names)}" for what, names in faults.items() if names]
+  said = [f"{what}: {few(names)}" for what, names in faults.items() if names]
   if said:
     raise InputError(
       f"the tensors do not fit a residual network of {net.block} blocks "
@@ -465,11 +465,6 @@ def _transposed(array: np.ndarray, *, back: bool = False) -> np.ndarray:
   if array.ndim == 4:
     return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
   return array.T
-
-
-def _few(names: Sequence[str]) -> str:
-  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(names[:5]) + more
 
 
 def _strided(mask: Any, stride: int) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jaxshape.data import decode, folder
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _MOST_PIXELS = 100_000_000
@@ -116,7 +116,7 @@ def listed(root: pathlib.Path, names: Sequence[str] | None) -> list[str]:
     names = list(names)
     gone = [name for name in names if not (root / name).is_file()]
     if gone or not names:
-      raise InputError(f"{root} lacks images: {some(gone) or 'none is named'}.")
+      raise InputError(f"{root} lacks images: {few(gone) or 'none is named'}.")
     return names
   found = []
   for parent, below, files in os.walk(root):
@@ -232,9 +232,3 @@ def _stacked(
     images[i, : image.shape[0], : image.shape[1]] = image
     sizes[i] = image.shape[:2]
   return [place for place, _ in group], images, sizes
-
-
-def some(names: Sequence[str]) -> str:
-  """The first ones, and how many more there are."""
-  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(map(str, names[:5])) + more

@@ -10,7 +10,7 @@ Reference:
   Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Sec. 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import math
 import re
 from typing import Any
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.typing import Array, ArrayLike, Bool, Float, PyTree, typed
 
 Dtype = Any
@@ -372,7 +372,7 @@ def from_state_dict(tensors: Mapping[str, Any], prefix: str) -> PyTree:
   matches = {name: start.fullmatch(name) for name in tensors}
   given = {m[1]: tensors[name] for name, m in matches.items() if m}
   if not given:
-    seen = _few(sorted(tensors)) or "nothing"
+    seen = few(sorted(tensors)) or "nothing"
     raise InputError(
       f"the tensors hold no encoder: no name begins with "
       f"'{prefix}layers.'; they hold {seen}."
@@ -410,7 +410,7 @@ def from_state_dict(tensors: Mapping[str, Any], prefix: str) -> PyTree:
         node = node.setdefault(part, {})
       node[path[-1]] = value.T.copy()
   faults["not known"] = [f"{prefix}layers.{name}" for name in given]
-  said = [f"{what}: {_few(names)}" for what, names in faults.items() if names]
+  said = [f"{what}: {few(names)}" for what, names in faults.items() if names]
   if said:
     raise InputError(
       f"the tensors do not fit an encoder of {count} layers; {'; '.join(said)}."
@@ -432,8 +432,3 @@ def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
 
 def _number(text: str) -> bool:
   return re.fullmatch(r"0|[1-9][0-9]{0,3}", text) is not None
-
-
-def _few(names: Sequence[str]) -> str:
-  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(names[:5]) + more

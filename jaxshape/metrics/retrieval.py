@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.typing import ArrayLike, Integer, Num, Size, typed
 
 Rows = ArrayLike | Sequence[Size]
@@ -560,7 +560,7 @@ def _sides(
   both = np.intersect1d(positives, junk)
   if len(both):
     raise InputError(
-      f"no row may be positive and junk at once, got {_some(both)}."
+      f"no row may be positive and junk at once, got {few(both)}."
     )
   return positives, junk
 
@@ -658,7 +658,7 @@ def _check_range(rows: np.ndarray, name: str, size: Size | None) -> None:
   wrong = rows[(rows < 0) | (rows >= high)]
   if len(wrong):
     wanted = "at least 0" if size is None else f"in 0..{size - 1}"
-    raise InputError(f"{name} must be {wanted}, got {_some(wrong)}.")
+    raise InputError(f"{name} must be {wanted}, got {few(wrong)}.")
 
 
 def _check_distinct(rows: np.ndarray, what: str) -> None:
@@ -668,7 +668,7 @@ def _check_distinct(rows: np.ndarray, what: str) -> None:
     rows = np.sort(rows)
     again = np.unique(rows[1:][rows[1:] == rows[:-1]])
   if len(again):
-    raise InputError(f"{what} {_some(again)} more than once.")
+    raise InputError(f"{what} {few(again)} more than once.")
 
 
 def _check_length(name: str, given: Any, shape: tuple[int, ...]) -> None:
@@ -691,8 +691,3 @@ def _check_ks(ks: Sequence[Size]) -> None:
   for k in ks:
     if k < 1:
       raise ValueError(f"k must be 1 or more, got {k}.")
-
-
-def _some(values: np.ndarray) -> str:
-  more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-  return ", ".join(map(str, values[:5])) + more

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from jaxshape.errors import InputError
+from jaxshape.errors import InputError, few
 from jaxshape.retrieval.selection import Rows, Way
 from jaxshape.typing import Array, ArrayLike, Bool, Float, Int, Size, typed
 
@@ -81,17 +81,11 @@ def _sizes(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.linalg.norm(rows, axis=-1), jnp.isfinite(rows).all(-1)
 
 
-def _listed(places: np.ndarray) -> str:
-  text = ", ".join(str(i) for i in places[:5])
-  more = len(places) - 5
-  return f"{text} and {more} more" if more > 0 else text
-
-
 def _refuse_bad(name: str, bad: Any, *, start: int = 0) -> None:
   places = start + np.flatnonzero(np.asarray(bad))
   if places.size:
     raise InputError(
-      f"{name} must be finite, got NaN or infinity in rows {_listed(places)}; "
+      f"{name} must be finite, got NaN or infinity in rows {few(places)}; "
       "leave these rows out or compute them again."
     )
 
@@ -418,7 +412,7 @@ def normalize(
     if (none := np.flatnonzero(flat == 0)).size:
       raise InputError(
         f"rows must not be 0 to be normalized, got zeros in rows "
-        f"{_listed(none)}; leave these out."
+        f"{few(none)}; leave these out."
       )
   return scaled * lax.rsqrt(jnp.where(squares > 0, squares, 1))
 
@@ -620,8 +614,7 @@ def remove(
     there = np.asarray(index.valid)[np.where(inside, known, 0)] & inside
     if not there.all():
       raise InputError(
-        f"ids must be in the index, got {_listed(known[~there])}, which "
-        "are not."
+        f"ids must be in the index, got {few(known[~there])}, which are not."
       )
   return index._replace(valid=_drop(index.valid, given))
 
