@@ -28,7 +28,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError, few
+from jaxshape.backbones.tensors import Tensors
+from jaxshape.errors import InputError
 from jaxshape.layers import apply, convolution
 from jaxshape.typing import Array, ArrayLike, Float, PyTree, typed
 
@@ -557,22 +558,12 @@ def from_state_dict(
   image = jax.ShapeDtypeStruct((1, 1, 2**net.downsampling, 5), jnp.float32)
   key = jax.random.key(0)
   params, collections = jax.eval_shape(lambda x: init(key, x), image)
-  given = {
-    name.removeprefix("module."): value
-    for name, value in tensors.items()
-    if not name.endswith("num_batches_tracked")
-  }
-  missing, shapes = [], []
+  given = Tensors(tensors)
 
   def read(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-    name = _key(net, path)
-    if name not in given:
-      missing.append(name)
-      return None
-    value = np.asarray(given.pop(name))
     layout = _layout(net, path, leaf.shape)
-    if value.shape != layout.shape:
-      shapes.append(f"{name} {value.shape} instead of {layout.shape}")
+    value = given.take(_key(net, path), layout.shape)
+    if value is None:
       return None
     split = [layout.split[i] for i in layout.order]
     array = value.reshape(split).transpose(np.argsort(layout.order))
@@ -582,18 +573,11 @@ def from_state_dict(
     _unflatten([(p, read(p, leaf)) for p, leaf in _leaves(tree)])
     for tree in (params, collections.get("batch_stats", {}))
   ]
-  faults = {
-    "missing": missing,
-    "not known": list(given),
-    "of another shape": shapes,
-  }
-  said = [f"{what}: {few(names)}" for what, names in faults.items() if names]
-  if said:
-    raise InputError(
-      f"the tensors do not fit RangeNet-{net.depth} with "
-      f"{net.num_classes} classes (arrangement={net.arrangement!r}, "
-      f"variant={net.variant!r}, heads={net.heads!r}); {'; '.join(said)}."
-    )
+  given.finish(
+    f"RangeNet-{net.depth} with {net.num_classes} classes "
+    f"(arrangement={net.arrangement!r}, variant={net.variant!r}, "
+    f"heads={net.heads!r})"
+  )
   return trees[0], {"batch_stats": trees[1]}
 
 

@@ -26,7 +26,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.errors import InputError, few
+from jaxshape.backbones.tensors import Tensors
+from jaxshape.errors import InputError
 from jaxshape.layers import apply
 from jaxshape.typing import Array, ArrayLike, Bool, Float, PyTree, typed
 
@@ -387,19 +388,15 @@ def from_state_dict(
     Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human
     Annotation", TPAMI 2019, its public code, for the names.
   """
-  given = {
-    name.removeprefix("module."): value
-    for name, value in tensors.items()
-    if not name.endswith("num_batches_tracked")
-  }
-  prefix = None
-  if any(name.startswith("features.") for name in given):
-    prefix = "features."
-    given = {k: v for k, v in given.items() if not k.startswith(_RETRIEVAL)}
-  elif any(re.match(r"\d+\.", name) for name in given):
+  given = Tensors(tensors)
+  prefix, ignored = None, ()
+  if any(name.startswith("features.") for name in given.given):
+    prefix, ignored = "features.", _RETRIEVAL
+  elif any(re.match(r"\d+\.", name) for name in given.given):
     prefix = ""
   elif not head:
-    given = {k: v for k, v in given.items() if not k.startswith("fc.")}
+    ignored = "fc."
+  given.drop(ignored)
   image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
   key = jax.random.key(0)
   params, collections = jax.eval_shape(
@@ -407,20 +404,13 @@ def from_state_dict(
   )
   if prefix is not None or not head:
     params = {name: part for name, part in params.items() if name != "fc"}
-  missing, shapes = [], []
 
   def read(path: tuple[str, ...], leaf: Any) -> Any:
-    name = _key(path, prefix)
-    if name not in given:
-      missing.append(name)
+    shape = _transposed(np.broadcast_to(0, leaf.shape)).shape
+    value = given.take(_key(path, prefix), shape)
+    if value is None:
       return None
-    value = np.asarray(given.pop(name))
-    array = _transposed(value, back=True)
-    if array.shape != leaf.shape:
-      want = _transposed(np.empty(leaf.shape)).shape
-      shapes.append(f"{name} {value.shape} instead of {want}")
-      return None
-    return np.ascontiguousarray(array, leaf.dtype)
+    return np.ascontiguousarray(_transposed(value, back=True), leaf.dtype)
 
   trees = [
     traverse_util.unflatten_dict(
@@ -430,18 +420,10 @@ def from_state_dict(
       traverse_util.flatten_dict, (params, collections["batch_stats"])
     )
   ]
-  faults = {
-    "missing": missing,
-    "not known": list(given),
-    "of another shape": shapes,
-  }
-  said = [f"{what}: {few(names)}" for what, names in faults.items() if names]
-  if said:
-    raise InputError(
-      f"the tensors do not fit a residual network of {net.block} blocks "
-      f"{tuple(net.stage_sizes)}, width {net.width} and {net.num_classes} "
-      f"classes; {'; '.join(said)}."
-    )
+  given.finish(
+    f"a residual network of {net.block} blocks {tuple(net.stage_sizes)}, width "
+    f"{net.width} and {net.num_classes} classes"
+  )
   return trees[0], {"batch_stats": trees[1]}
 
 
