@@ -160,12 +160,15 @@ class Queries:
     self._lock = threading.Lock()
     self._same: tuple[np.ndarray, np.ndarray] | None = None
 
-  def query(self, i: int) -> np.ndarray:
-    """The descriptor of a query, float32 [D]."""
-    row = self.queries[i] if self.queries is not None else None
-    if row is None:
-      row = self.database[self.query_rows[i]]
-    return np.asarray(row, np.float32)
+  def query(self, i: Any) -> np.ndarray:
+    """The descriptor of a query, or those of several, float32."""
+    if self.queries is None:
+      return np.asarray(self.database[self.query_rows[i]], np.float32)
+    return np.asarray(self.queries[i], np.float32)
+
+  def truths(self) -> list[Truth]:
+    """What matters to each query."""
+    return [self.truth(i) for i in range(len(self))]
 
   def found(self) -> Found:
     """Searches once, for all queries."""
@@ -180,16 +183,11 @@ class Queries:
 
   def _search(self, some: np.ndarray) -> Found:
     """A part of the queries, as together they may not fit into memory."""
-    rows = self.query_rows[some]
-    if self.queries is None:
-      queries = self.database[rows]
-    else:
-      queries = self.queries[some]
     found = search.top_k(
-      np.asarray(queries, np.float32),
+      self.query(some),
       self.database,
       k=min(self.neighbours, len(self.database)),
-      exclude=rows,
+      exclude=self.query_rows[some],
     )
     return Found(np.asarray(found.scores), np.asarray(found.indices))
 
@@ -286,12 +284,9 @@ class Queries:
     Returns:
       A source whose neighbours are of these rows.
     """
-    queries = self.queries
-    if queries is None:
-      queries = np.asarray(self.database[self.query_rows], np.float32)
     return Queries(
       database=database,
-      queries=queries,
+      queries=self.query(slice(None)) if self.queries is None else self.queries,
       query_rows=self.query_rows,
       truth=self._truth,
       clusters=self.clusters,

@@ -66,7 +66,7 @@ def accuracy(classifier: Classifier, data: Data) -> Evaluator:
     }
 
   def summarize(outputs: Sequence[PyTree]) -> Mapping[str, float]:
-    rows = _rows(outputs)
+    rows = real_rows(outputs)
     right = rows["top1"] > 0
     return {
       "top1": _mean(rows["top1"]),
@@ -84,7 +84,7 @@ def accuracy(classifier: Classifier, data: Data) -> Evaluator:
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del state
-    rows = _rows(outputs)
+    rows = real_rows(outputs)
     return {
       "confusion": _confusion(
         rows["label"], rows["prediction"], classifier.classes
@@ -118,7 +118,7 @@ def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
     }
 
   def count(outputs: Sequence[PyTree]) -> np.ndarray:
-    rows = _rows(outputs)
+    rows = real_rows(outputs)
     counts = shape_bias.count_decisions(
       rows["prediction"],
       rows["shape"],
@@ -194,7 +194,7 @@ def corruptions(
     }
 
   def table(outputs: Sequence[PyTree]) -> np.ndarray:
-    rows = _rows(outputs)
+    rows = real_rows(outputs)
     errors = [
       _mean(rows["wrong"][rows["case"] == n]) for n in range(len(cases))
     ]
@@ -257,7 +257,7 @@ def saliency(
     }
 
   def summarize(outputs: Sequence[PyTree]) -> Mapping[str, float]:
-    rows = _rows(outputs)
+    rows = real_rows(outputs)
     return {
       "spread_correct": _mean(rows["spread"][rows["right"] > 0]),
       "spread": _mean(rows["spread"]),
@@ -300,8 +300,15 @@ def _title(classes: Sequence[str], truth: int, named: int) -> str:
   return f"{classes[truth]} as {classes[named]}"
 
 
-def _rows(outputs: Sequence[PyTree]) -> dict[str, np.ndarray]:
-  """All rows that are no padding."""
+def real_rows(outputs: Sequence[PyTree]) -> dict[str, np.ndarray]:
+  """All rows that are no padding.
+
+  Args:
+    outputs: Of all batches; each has a "mask", and rows of that length.
+
+  Returns:
+    Rows by name, without the mask.
+  """
   joined = {
     name: np.concatenate([np.asarray(out[name]) for out in outputs])
     for name in outputs[0]

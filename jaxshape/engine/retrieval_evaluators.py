@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxshape.data import stream
 from jaxshape.data.retrieval_examples import Queries
-from jaxshape.engine import retrieval_pictures
+from jaxshape.engine import evaluators, retrieval_pictures
 from jaxshape.errors import InputError
 from jaxshape.metrics import retrieval as metrics
 from jaxshape.retrieval import expansion, search
@@ -70,7 +70,7 @@ def judge(source: Queries, queries: np.ndarray) -> Judged:
   Raises:
     InputError: Nothing is relevant to any query.
   """
-  truths = [source.truth(i) for i in range(len(source))]
+  truths = source.truths()
   if not any(len(t.relevant) for t in truths):
     raise InputError(
       "the data say of no query what is relevant to it, so there is nothing to "
@@ -128,7 +128,7 @@ def retrieval(
   @functools.cache
   def plain() -> Judged:
     source = opened()
-    return judge(source, _queries(source))
+    return judge(source, source.query(slice(None)))
 
   @functools.cache
   def tuned() -> Mapping[str, Mapping[tuple[float, ...], Judged]]:
@@ -136,7 +136,7 @@ def retrieval(
 
   def curve(outputs: Sequence[PyTree]) -> dict[int, Judged]:
     source = opened()
-    expanded = _rows(outputs)["expanded"]
+    expanded = evaluators.real_rows(outputs)["expanded"]
     counts = (*sizes, source.neighbours)
     return {n: judge(source, expanded[:, i]) for i, n in enumerate(counts)}
 
@@ -151,7 +151,7 @@ def retrieval(
 
   def pictures(state: TrainState, outputs: Sequence[PyTree]) -> Mapping:
     del state
-    expanded = _rows(outputs)["expanded"][:, -1]
+    expanded = evaluators.real_rows(outputs)["expanded"][:, -1]
     return _pictures(opened(), plain(), curve(outputs), tuned(), expanded)
 
   def data() -> stream.Batches:
@@ -193,7 +193,7 @@ def augmented(
     return {"mask": batch["mask"], "expanded": expand(state, batch, mask)}
 
   def after(outputs: Sequence[PyTree]) -> Evaluator:
-    database = _rows(outputs)["expanded"]
+    database = evaluators.real_rows(outputs)["expanded"]
     return then(functools.cache(lambda: opened().with_database(database)))
 
   def data() -> stream.Batches:
@@ -249,8 +249,8 @@ def _pictures(
   some = min(SHOWN, len(source))
   out = {
     "rankings before and after": retrieval_pictures.rankings(
-      [source.truth(i) for i in range(some)],
-      _scores(_queries(source)[:some], source.database),
+      source.truths()[:some],
+      _scores(source.query(slice(some)), source.database),
       _scores(expanded[:some], source.database),
     ),
     "gain by group": retrieval_pictures.groups(
@@ -275,23 +275,25 @@ def _classical(
   source: Queries, options: Mapping[str, Any], names: Sequence[str] = METHODS
 ) -> dict[str, dict[tuple[float, ...], Judged]]:
   """The classical expansions by name, for each (k,) or (k, alpha)."""
-  queries, found = _queries(source), source.found()
+  queries, found = source.query(slice(None)), source.found()
   near = source.database[np.maximum(found.indices, 0)]
   valid = found.indices >= 0
   sizes = sorted({min(n, valid.shape[1]) for n in options["sizes"]})
   out: dict[str, dict[tuple[float, ...], Judged]] = {}
   for name in names:
     # What varies is an argument, so that each is compiled once.
-    given: Sequence[tuple[Any, ...]] = [()]
+    keys: Sequence[tuple[float, ...]] = [()]
+    shared: tuple[Any, ...] = ()
     if name == "alpha_qe":
-      given = [(alpha,) for alpha in options["alpha"]]
+      keys = [(alpha,) for alpha in options["alpha"]]
+    if name == "dqe":
+      shared = (_farthest(source, options),)
     expand = _compiled(name, options["c"])
     out[name] = {}
-    for n, more in itertools.product(sizes, given):
+    for n, key in itertools.product(sizes, keys):
       mask = valid & (np.arange(valid.shape[1]) < n)
-      more_of = (_farthest(source, options),) if name == "dqe" else more
-      rows = expand(queries, near, found.scores, mask, *more_of)
-      out[name][n, *more] = judge(source, np.asarray(rows))
+      rows = expand(queries, near, found.scores, mask, *key, *shared)
+      out[name][n, *key] = judge(source, np.asarray(rows))
   return out
 
 
@@ -310,7 +312,7 @@ def _compiled(name: str, c: float) -> Any:
 def _farthest(source: Queries, options: Mapping[str, Any]) -> np.ndarray:
   """The rows least similar to each query, [Q, M, D]."""
   m = min(options["negatives"], len(source.database))
-  found = search.top_k(-_queries(source), source.database, k=m)
+  found = search.top_k(-source.query(slice(None)), source.database, k=m)
   return np.asarray(source.database[np.asarray(found.indices)])
 
 
@@ -341,10 +343,6 @@ def _both_sides(
   return numbers
 
 
-def _queries(source: Queries) -> np.ndarray:
-  return np.stack([source.query(i) for i in range(len(source))])
-
-
 def _scores(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
   """Inner products, [Q, N], with a part of the database in memory at a time."""
   parts = max(1, _CELLS // database.shape[1])
@@ -355,12 +353,6 @@ def _scores(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
     ],
     axis=1,
   )
-
-
-def _rows(outputs: Sequence[PyTree]) -> dict[str, np.ndarray]:
-  """The rows of all batches without padding."""
-  rows = {k: np.concatenate([o[k] for o in outputs]) for k in outputs[0]}
-  return {k: v[rows["mask"] > 0] for k, v in rows.items()}
 
 
 def _main(aps: Mapping[str, Any]) -> Sequence[str]:
@@ -376,7 +368,7 @@ def _groupings(
   source: Queries, plain: Judged
 ) -> Mapping[tuple[str, str], np.ndarray]:
   """What queries are grouped by, and under which protocol (Fig. 4)."""
-  truths = [source.truth(i) for i in range(len(source))]
+  truths = source.truths()
   out: dict[tuple[str, str], np.ndarray] = {}
   for name in _main(plain.aps):
     out["relevant", name] = metrics.relevant_counts(truths, protocol=name)

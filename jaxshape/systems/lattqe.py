@@ -97,10 +97,7 @@ def expand(
     )
   if mask is None:
     mask = np.ones(np.shape(neighbours)[:-1], bool)
-  temperature = jnp.exp(params["temperature"]["log"]) if database else None
-  return _expanded(
-    net, params["net"], query, neighbours, mask, temperature=temperature
-  )[0]
+  return _expanded(net, params, query, neighbours, mask, database=database)[0]
 
 
 def expander(params: PyTree, *, heads: int, database: bool = False) -> Any:
@@ -127,7 +124,7 @@ def _expanded(
   neighbours: Any,
   mask: Any,
   *,
-  temperature: Any = None,
+  database: bool = False,
   key: Array | None = None,
 ) -> tuple[Array, Array]:
   """The expansion, and the auxiliary logits."""
@@ -136,7 +133,7 @@ def _expanded(
   mask = jnp.asarray(mask, bool)
   (cosines, logits), _ = apply.apply(
     net,
-    params,
+    params["net"],
     {},
     query,
     neighbours,
@@ -144,6 +141,7 @@ def _expanded(
     key=key,
     train=key is not None,
   )
+  temperature = jnp.exp(params["temperature"]["log"]) if database else None
   weights = aggregation.weigh(cosines, mask=mask, temperature=temperature)
   return _aggregate(query, neighbours, weights, mask), logits
 
@@ -158,6 +156,10 @@ def make(config: Config) -> System:
   )
   net = _network(config)
 
+  @functools.cache
+  def trained_on() -> retrieval_examples.Queries:
+    return retrieval_examples.trainable(opened(config.data.train_split))
+
   def network_loss(
     params: PyTree, extra: PyTree, batch: Batch, key: Array
   ) -> tuple[Array, tuple[PyTree, Metrics]]:
@@ -165,7 +167,7 @@ def make(config: Config) -> System:
     mask = _thinned(config, thin_key, batch)
     expanded, logits = _expanded(
       net,
-      params["net"],
+      params,
       batch["query"],
       batch["neighbours"],
       mask,
@@ -187,16 +189,11 @@ def make(config: Config) -> System:
   def temperature_loss(
     params: PyTree, extra: PyTree, batch: Batch, key: Array
   ) -> tuple[Array, tuple[PyTree, Metrics]]:
-    temperature = jnp.exp(params["temperature"]["log"])
-    expanded, _ = _expanded(
-      net,
-      params["net"],
-      batch["query"],
-      batch["neighbours"],
-      _thinned(config, key, batch),
-      temperature=temperature,
-    )
+    mask = _thinned(config, key, batch)
+    query, near = batch["query"], batch["neighbours"]
+    expanded, _ = _expanded(net, params, query, near, mask, database=True)
     ranking = _ranking_loss(config, expanded, batch, extra["pool"])
+    temperature = jnp.exp(params["temperature"]["log"])
     return ranking.mean(), (extra, {"temperature": temperature})
 
   # First the network, then T.
@@ -234,8 +231,8 @@ def make(config: Config) -> System:
 
   def refresh(state: TrainState) -> TrainState:
     """Another pool of rows to find negatives in."""
-    source, size = opened(config.data.train_split), config.pool.size
-    known = np.asarray(retrieval_examples.trainable(source).clusters)
+    source, size = trained_on(), config.pool.size
+    known = np.asarray(source.clusters)
     draw = np.random.default_rng([config.seed, int(state.step)])
     rows = np.sort(draw.permutation(len(source.database))[:size])
     some, clusters = source.database[rows], known[rows]
@@ -252,18 +249,15 @@ def make(config: Config) -> System:
     state: TrainState, batch: Batch, mask: Any, *, database: bool = False
   ) -> Array:
     params = steps.evaluation_params(state)
-    temperature = jnp.exp(params["temperature"]["log"]) if database else None
     query, near = batch["query"], batch["neighbours"]
-    return _expanded(
-      net, params["net"], query, near, mask, temperature=temperature
-    )[0]
+    return _expanded(net, params, query, near, mask, database=database)[0]
 
   def predict(state: TrainState, batch: Batch) -> PyTree:
     return {"expanded": expanded(state, batch, batch["valid"])}
 
   def train_data(step: int) -> Iterator[Batch]:
     return stream.train(
-      retrieval_examples.trainable(opened(config.data.train_split)),
+      trained_on(),
       batch_size=config.batch_size,
       seed=config.seed,
       start_step=step,
