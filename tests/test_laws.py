@@ -20,7 +20,7 @@ ALLOWED = {
   "layers": (*AREAS, "layers"),
   "backbones": (*AREAS, "layers", "backbones"),
   "data": (*AREAS, "data"),
-  "engine": (*AREAS, "data", "engine", "system"),
+  "engine": (*AREAS, "layers", "backbones", "data", "engine", "system"),
   "systems": (
     *AREAS, "layers", "backbones", "data", "engine", "system",
   ),

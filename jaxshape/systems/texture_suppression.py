@@ -33,17 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones import resnet
 from jaxshape.data import augment, sources, stream, suppression
-from jaxshape.engine import evaluators, optimizers, report, steps
+from jaxshape.engine import classifiers, evaluators, optimizers, report, steps
 from jaxshape.errors import InputError
 from jaxshape.layers import apply
-from jaxshape.losses import classification
 from jaxshape.system import Evaluator, System, TrainState
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 POLICIES = ("original", "union", "filtered", "probability")
-DTYPES = ("float32", "bfloat16")
 
 
 def _filter(
@@ -98,21 +95,11 @@ def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
 def make(config: Config) -> System:
   """The supervised system that a config describes."""
   _check(config)
-  classes = _classes(config)
-  net = resnet.make(
-    config.backbone,
-    num_classes=len(classes),
-    width=config.width or None,
-    stem=config.stem or None,
-    dtype=jnp.dtype(config.dtype),
-  )
+  splits = classifiers.Splits(config)
+  net = classifiers.network(config, num_classes=len(splits.classes))
+  normalize = classifiers.normalizer(config)
   size = config.data.image_size
-  augmentation = augment.make(config.augment, num_classes=len(classes))
-  mean = jnp.asarray(config.mean, jnp.float32)
-  std = jnp.asarray(config.std, jnp.float32)
-
-  def normalize(images: evaluators.Images) -> Array:
-    return (jnp.asarray(images, jnp.float32) - mean) / std
+  augmentation = augment.make(config.augment, num_classes=len(splits.classes))
 
   def loss(
     params: PyTree, extra: PyTree, batch: Batch, key: Array
@@ -122,56 +109,42 @@ def make(config: Config) -> System:
     batch = augmentation(augment_key, batch)
     logits, collections = apply.apply(
       net,
-      params["net"],
-      extra["net"],
+      params[classifiers.NET],
+      extra[classifiers.NET],
       normalize(batch["image"]),
       update=True,
       train=True,
     )
-    if "target" in batch:
-      smooth_target = (1 - config.label_smoothing) * batch[
-        "target"
-      ] + config.label_smoothing / len(classes)
-      losses = classification.soft_cross_entropy(logits, smooth_target)
-    else:
-      losses = classification.cross_entropy(
-        logits, batch["label"], label_smoothing=config.label_smoothing
-      )
+    losses = classifiers.loss(
+      logits, batch, label_smoothing=config.label_smoothing
+    )
     right = jnp.argmax(logits, axis=-1) == jnp.asarray(batch["label"])
     metrics = {"top1": right.mean(dtype=jnp.float32)}
-    return losses.mean(), ({**extra, "net": collections}, metrics)
+    extra = {**extra, classifiers.NET: collections}
+    return losses.mean(), (extra, metrics)
 
   averaging = config.averaging or None
-  players = {"net": steps.Player(loss, optimizers.make(config.optimizer))}
+  players = {
+    classifiers.NET: steps.Player(loss, optimizers.make(config.optimizer))
+  }
 
   def init(key: Array) -> TrainState:
     images = jnp.zeros((1, size, size, 3))
     params, collections = apply.init(net, key, images, train=False)
     return steps.initial_state(
-      players, {"net": params}, {"net": collections}, averaging=averaging
+      players,
+      {classifiers.NET: params},
+      {classifiers.NET: collections},
+      averaging=averaging,
     )
 
-  def half(
-    method: str, state: TrainState, value: evaluators.Images, **options: Any
-  ) -> Array:
-    params = steps.evaluation_params(state)["net"]
-    return apply.apply(
-      net, params, state.extra["net"], value, method=method, **options
-    )[0]
-
-  classifier = evaluators.Classifier(
-    features=lambda state, images: half(
-      "features", state, normalize(images), train=False
-    ),
-    head=functools.partial(half, "head"),
-    classes=classes,
-  )
+  classifier = classifiers.classifier(net, normalize, splits.classes)
 
   def predict(state: TrainState, batch: Batch) -> PyTree:
     return classifier.logits(state, jnp.asarray(batch["image"]))
 
   def train_data(step: int) -> Iterator[Batch]:
-    source = _source(config, config.data.train_split)
+    source = splits.open(config.data.train_split)
     if config.suppression.policy == "union":
       source = sources.Doubled(source)
     return stream.train(
@@ -189,23 +162,13 @@ def make(config: Config) -> System:
     ),
     predict=predict,
     train_data=train_data,
-    evaluators=_evaluators(config, classifier),
+    evaluators=_evaluators(config, classifier, splits),
   )
 
 
 def _check(config: Config) -> None:
+  classifiers.check(config)
   chosen = config.suppression
-  if config.dtype not in DTYPES:
-    raise InputError(
-      f"config.dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}."
-    )
-  if config.width < 0:
-    raise InputError(f"config.width must be at least 0, got {config.width}.")
-  if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
-    raise InputError(
-      "config.mean and config.std must be three numbers each, std above 0, got "
-      f"{config.mean} and {config.std}."
-    )
   if not 0 <= chosen.probability <= 1:
     raise InputError(
       "config.suppression.probability must be in 0..1, got "
@@ -238,90 +201,36 @@ def _check(config: Config) -> None:
   jax.eval_shape(one, jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
 
 
-def _classes(config: Config) -> tuple[str, ...]:
-  """Names of the classes, also where only the data to evaluate are at hand."""
-  try:
-    classes = _source(config, config.data.train_split).classes
-  except InputError as error:
-    try:
-      classes = _source(config, config.data.eval_splits[0]).classes
-    except (IndexError, InputError):
-      raise error from None
-  if len(classes) < 2:
-    raise InputError(
-      f"config.data.source={config.data.source!r} must have two classes or "
-      f"more to tell apart, got {len(classes)}; a folder of images needs a "
-      "folder per class."
-    )
-  return tuple(classes)
-
-
-def _labelled(config: Config, split: str, classes: Sequence[str]) -> Any:
-  """A split, refused where its labels mean something else than in training."""
-  source = _source(config, split)
-  if tuple(source.classes) != tuple(classes):
-    differ = sorted(set(source.classes) ^ set(classes)) or ["their order"]
-    raise InputError(
-      f"the split {split!r} of {config.data.source!r} has other classes than "
-      f"are trained (they differ in {', '.join(differ[:8])}); for folders, "
-      "name all with --config.data.options.classes=\"('a','b')\"."
-    )
-  return source
-
-
-def _source(config: Config, split: str) -> Any:
-  data = config.data
-  return sources.load(
-    data.source,
-    split=split,
-    image_size=data.image_size,
-    data_dir=data.data_dir or None,
-    **data.options.to_dict(),
-  )
-
-
 def _evaluators(
-  config: Config, classifier: evaluators.Classifier
+  config: Config,
+  classifier: evaluators.Classifier,
+  splits: classifiers.Splits,
 ) -> Mapping[str, Evaluator]:
   """One accuracy per split, and what `config.bench` asks for besides."""
-
-  @functools.cache  # A source is opened when it is first needed, and once.
-  def opened(split: str) -> Any:
-    return _labelled(config, split, classifier.classes)
-
-  def batches(split: str, most: int = 0) -> evaluators.Data:
-    def some() -> stream.Batches:
-      source = opened(split)
-      if 0 < most < len(source):
-        # Drawn, as neighbours in a source are often of one class.
-        drawn = np.random.default_rng(0).permutation(len(source))[:most]
-        source = sources.Subset(source, np.sort(drawn))
-      return stream.evaluate(source, batch_size=config.batch_size)
-
-    return some
-
   out: dict[str, Evaluator] = {
-    split: evaluators.accuracy(classifier, batches(split))
+    split: evaluators.accuracy(classifier, splits.batches(split))
     for split in config.data.eval_splits
   }
   bench = config.bench
   if bench.cue_conflict:
     out["cue_conflict"] = evaluators.cue_conflict(
-      classifier, batches(bench.cue_conflict)
+      classifier, splits.batches(bench.cue_conflict)
     )
   if bench.corruptions:
     out["corruption"] = evaluators.corruptions(
       classifier,
-      batches(bench.corruption_split, bench.corruption_examples),
+      splits.batches(bench.corruption_split, most=bench.corruption_examples),
       names=bench.corruptions,
       severities=bench.severities,
     )
   for split in bench.saliency:
-    out[f"saliency_{split}"] = evaluators.saliency(classifier, batches(split))
+    out[f"saliency_{split}"] = evaluators.saliency(
+      classifier, splits.batches(split)
+    )
   # The styles of "stylized" are a batch's own: no measure of a network.
   if bench.filtered and config.suppression.filter != "stylized":
     out[f"filtered_{bench.filtered}"] = _on_filtered(
-      config.suppression, classifier, batches(bench.filtered)
+      config.suppression, classifier, splits.batches(bench.filtered)
     )
   return out
 
