@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import pathlib
 from typing import Any
+
+# What the run is called that comes before all others.
+BEFORE = "before"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Study:
     metrics: Rows of the table.
     claims: What should come out.
     notes: Lines for below the table.
+    before: Changes of the config, also of its seeds, of a run that comes before
+      all others and is none of the variants, such as a network to attack.
+    known_as: The field of all others that its folder goes to.
   """
 
   config: str
@@ -49,3 +56,23 @@ class Study:
   metrics: Sequence[str]
   claims: Sequence[Claim]
   notes: Sequence[str] = ()
+  before: Mapping[str, Any] | None = None
+  known_as: str = ""
+
+  def changes(self, variant: str, seed: int, folder: str) -> dict[str, Any]:
+    """What a run of the study changes in the config.
+
+    Args:
+      variant: Its name, or `BEFORE`.
+      seed: Of the run.
+      folder: Where the study's runs are.
+
+    Returns:
+      Values by dotted field.
+    """
+    if variant == BEFORE:
+      return dict(self.before or {})
+    out = {**self.variants[variant], **dict.fromkeys(self.seeded, seed)}
+    if self.before is not None:
+      out[self.known_as] = str(pathlib.Path(folder, BEFORE).absolute())
+    return out

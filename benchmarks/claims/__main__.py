@@ -63,6 +63,10 @@ def main() -> None:
     initializer=_runs.one_core_each,
     initargs=(context.Value("i", 0), values.jobs),
   ) as pool:
+    if study.before is not None:
+      pool.submit(
+        _runs.run, values.name, claims.BEFORE, 0, str(folder)
+      ).result()
     tasks = {
       pool.submit(_runs.run, values.name, variant, seed, str(folder)): (
         seed,

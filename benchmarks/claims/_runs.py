@@ -17,7 +17,8 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   study: claims.Study = importlib.import_module(
     f"benchmarks.claims.{name}"
   ).STUDY
-  workdir = pathlib.Path(folder) / f"{variant}-{seed}"
+  own = variant if variant == claims.BEFORE else f"{variant}-{seed}"
+  workdir = pathlib.Path(folder) / own
   workdir.mkdir(parents=True, exist_ok=True)
   log = (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
   sys.stdout = sys.stderr = log
@@ -33,8 +34,7 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   path, mode = study.config.split(":")
   module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
   config = module.get_config(mode)
-  changes = {**study.variants[variant], **dict.fromkeys(study.seeded, seed)}
-  config.update_from_flattened_dict(changes)
+  config.update_from_flattened_dict(study.changes(variant, seed, folder))
   config.lock()
   done = workdir / "numbers.json"
   key = config.to_json_best_effort()

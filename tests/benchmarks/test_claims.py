@@ -182,11 +182,10 @@ def test_studies_change_fields_that_exist_and_claim_what_is_measured(name):
   path, mode = study.config.split(":")
   module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
   names = {"minutes"}
-  for changes in study.variants.values():
+  first = (claims.BEFORE,) if study.before is not None else ()
+  for variant in (*first, *study.variants):
     config = module.get_config(mode)
-    config.update_from_flattened_dict(
-      {**changes, **dict.fromkeys(study.seeded, 7)}
-    )
+    config.update_from_flattened_dict(study.changes(variant, 7, "runs"))
     names |= set(system_lib.load(config.lock()).evaluators)
   for claim in study.claims:
     assert {claim.better, claim.than} <= set(study.variants)
@@ -195,6 +194,20 @@ def test_studies_change_fields_that_exist_and_claim_what_is_measured(name):
     assert claim.sign in (-1, 1)
   for metric in study.metrics:
     assert metric.split("/")[0] in names, metric
+
+
+def test_what_comes_before_is_known_to_all_others(tmp_path):
+  study = dataclasses.replace(
+    _study(), before={"seed": 100, "e": (3,)}, known_as="bench.network"
+  )
+  folder = str(tmp_path)
+  assert study.changes(claims.BEFORE, 7, folder) == {"seed": 100, "e": (3,)}
+  assert study.changes("plain", 7, folder) == {
+    "a.b": "c",
+    "seed": 7,
+    "bench.network": str(tmp_path / "before"),
+  }
+  assert _study().changes("plain", 7, folder) == {"a.b": "c", "seed": 7}
 
 
 def test_a_study_is_not_changed_by_its_summary():
