@@ -42,20 +42,20 @@ _NOISE = 0.01
 _ROUNDING = 1e-6
 
 
+def _moments(x: jax.Array, epsilon: Any) -> tuple[jax.Array, jax.Array]:
+  n = x.shape[-3] * x.shape[-2]
+  mean = x.mean((-3, -2), keepdims=True)
+  total = jnp.sum((x - mean) ** 2, (-3, -2), keepdims=True)
+  return mean, jnp.sqrt(total / max(n - 1, 1) + epsilon)
+
+
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def _adain(
   content: Any, style: Any, alpha: Any, epsilon: Any, *, dtype: Any
 ) -> jax.Array:
   content, style = images.as_float32(content), images.as_float32(style)
-
-  def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    n = x.shape[-3] * x.shape[-2]
-    mean = x.mean((-3, -2), keepdims=True)
-    total = jnp.sum((x - mean) ** 2, (-3, -2), keepdims=True)
-    return mean, jnp.sqrt(total / max(n - 1, 1) + epsilon)
-
-  mean, deviation = moments(content)
-  new_mean, new_deviation = moments(style)
+  mean, deviation = _moments(content, epsilon)
+  new_mean, new_deviation = _moments(style, epsilon)
   styled = new_deviation * (content - mean) / deviation + new_mean
   alpha = jnp.asarray(alpha, jnp.float32)[..., None, None, None]
   return (alpha * styled + (1 - alpha) * content).astype(dtype)
@@ -67,9 +67,44 @@ def _check_share(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be within 0..1, got {value}.")
 
 
-def _check_not_empty(style: Any) -> None:
-  if 0 in style.shape[-3:]:
-    raise ValueError(f"style must be of at least one pixel, got {style.shape}.")
+def _check_not_empty(values: Any, name: str = "style") -> None:
+  if 0 in values.shape[-3:]:
+    raise ValueError(
+      f"{name} must be of at least one pixel, got {values.shape}."
+    )
+
+
+def _check_epsilon(epsilon: Any) -> None:
+  if not epsilon > 0:
+    raise ValueError(f"epsilon must be above 0, got {epsilon}.")
+
+
+@typed
+def moments(
+  features: Image, *, epsilon: float | int = 1e-5
+) -> tuple[Float[Array, "*batch channels"], Float[Array, "*batch channels"]]:
+  """Gives the mean and the standard deviation of each channel of each image.
+
+  mu = sum of x / n, sigma = sqrt(sum of (x - mu)^2 / (n - 1) + epsilon).
+
+  Args:
+    features: Features, such as those of a network, or an image.
+    epsilon: Above 0; it keeps the deviation's gradient finite.
+
+  Returns:
+    Both in float32, in which everything is computed.
+
+  Raises:
+    ValueError: An option is outside its range, or there is no pixel.
+
+  Reference:
+    Huang and Belongie, ICCV 2017, Eq. 5 and 6 (n - 1 and epsilon: see `adain`).
+  """
+  _check_epsilon(epsilon)
+  features = images.read(features, name="features")
+  _check_not_empty(features, "features")
+  mean, deviation = _moments(images.as_float32(features), epsilon)
+  return mean[..., 0, 0, :], deviation[..., 0, 0, :]
 
 
 @typed
@@ -115,13 +150,111 @@ def adain(
     dividing by n - 1 would give NaN; it gets the style's mean.
   """
   _check_share("alpha", alpha)
-  if not epsilon > 0:
-    raise ValueError(f"epsilon must be above 0, got {epsilon}.")
+  _check_epsilon(epsilon)
   content = images.read(content, name="content")
   style = images.read(style, name="style")
   _check_not_empty(style)
   dtype = images.result_type(content)
   return _adain(content, style, alpha, epsilon, dtype=dtype)
+
+
+@jax.custom_jvp
+def _root(a: jax.Array) -> jax.Array:
+  """The symmetric square root of symmetric positive matrices."""
+  values, vectors = jnp.linalg.eigh(a)
+  return _rotated(jnp.sqrt(values)[..., None, :], vectors)
+
+
+def _rotated(values: jax.Array, vectors: jax.Array) -> jax.Array:
+  product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+  return product(vectors * values, vectors.mT)
+
+
+@_root.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  # From R dR + dR R = dA: finite where eigenvalues are equal, as those of grey
+  # images are, unlike the gradient of the eigenvectors.
+  (a,), (da,) = primals, tangents
+  product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+  values, vectors = jnp.linalg.eigh(a)
+  roots = jnp.sqrt(values)
+  inner = product(product(vectors.mT, da), vectors)
+  inner = inner / (roots[..., :, None] + roots[..., None, :])
+  out = product(product(vectors, inner), vectors.mT)
+  return _rotated(roots[..., None, :], vectors), out
+
+
+def _whitening(x: jax.Array) -> tuple[jax.Array, ...]:
+  """Means, deviations, normalized pixels [..., c, n] and their moments."""
+  *leading, height, width, channels = x.shape
+  flat = jnp.moveaxis(x.reshape(*leading, height * width, channels), -1, -2)
+  mean = flat.mean(-1, keepdims=True)
+  variance = jnp.sum((flat - mean) ** 2, -1, keepdims=True)
+  variance = variance / max(height * width - 1, 1)
+  # What a constant channel has left is rounding.
+  even = variance <= (_ROUNDING * mean) ** 2
+  deviation = jnp.where(even, 0, jnp.sqrt(jnp.where(even, 1, variance)))
+  normal = (flat - mean) / jnp.where(even, jnp.inf, deviation)
+  gram = jnp.einsum(
+    "...in,...jn->...ij", normal, normal, precision=lax.Precision.HIGHEST
+  )
+  return mean, deviation, normal, gram + jnp.eye(channels)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def _coral(source: Any, target: Any, *, dtype: Any) -> jax.Array:
+  x = images.as_float32(source)
+  _, _, normal, own = _whitening(x)
+  mean, deviation, _, wanted = _whitening(images.as_float32(target))
+  product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+  turn = product(_root(wanted), jnp.linalg.inv(_root(own)))
+  out = product(turn, normal) * deviation + mean
+  return jnp.moveaxis(out, -2, -1).reshape(x.shape).astype(dtype)
+
+
+@typed
+def coral(
+  source: Image | images.Picture,
+  target: Num[ArrayLike, "*#batch target_height target_width channels"]
+  | images.Picture,
+) -> Float[Array, "*batch height width channels"]:
+  """Gives an image the colours of another: mean, spread and correlation.
+
+  y = sigma(t) * A(t)^(1/2) A(s)^(-1/2) (s - mu(s)) / sigma(s) + mu(t),
+  A = the sum over pixels of z z^T + I, z a pixel's normalized colour.
+
+  In style transfer it goes before the network, from the style to the content's
+  colours, so that the content keeps them. A constant channel stays constant.
+
+  Args:
+    source: In any unit; pictures of PIL are taken as 0..255.
+    target: With as many channels, of any size; one may serve several images
+      (leading axes broadcast).
+
+  Returns:
+    The source in the target's colours, in its type if that is a float type and
+    float32 otherwise; not clipped. Everything is computed in float32.
+
+  Raises:
+    ValueError: There is no pixel.
+
+  Reference:
+    Sun et al., "Return of Frustratingly Easy Domain Adaptation", AAAI 2016,
+    Algorithm 1; for colours: Gatys et al., "Preserving Color in Neural Artistic
+    Style Transfer", 2016, Sec. 4.1.
+
+  Note:
+    In the paper A is the covariance plus I, of values as they are; the public
+    code of style transfer normalizes each channel first and sums instead of
+    averaging, so that I counts for next to nothing. With it, as here, the
+    result has (n_t - 1) / (n_s - 1) times the target's variance, n the number
+    of pixels: give images of one size where contrast matters.
+  """
+  source = images.read(source, name="source")
+  target = images.read(target, name="target")
+  _check_not_empty(source, "source")
+  _check_not_empty(target, "target")
+  return _coral(source, target, dtype=images.result_type(source))
 
 
 def _turn(x: jax.Array, basis: np.ndarray) -> jax.Array:

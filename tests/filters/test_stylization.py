@@ -93,7 +93,77 @@ def test_patches_are_laid_back_whole():
   np.testing.assert_allclose(got, image, rtol=1e-5)
 
 
+def test_moments_equal_the_formula():
+  x = random_image(2, 5, 7, 3)
+  mean, deviation = stylization.moments(x, epsilon=0.5)
+  np.testing.assert_allclose(mean, x.mean((1, 2)), rtol=1e-5)
+  want = np.sqrt(x.var((1, 2), ddof=1) + 0.5)
+  np.testing.assert_allclose(deviation, want, rtol=1e-5)
+
+
+def coral_in_numpy(source, target):
+  def normalized(x):
+    flat = x.reshape(-1, x.shape[-1]).astype(np.float64).T
+    mean, spread = flat.mean(1), flat.std(1, ddof=1)
+    return (flat - mean[:, None]) / spread[:, None], mean, spread
+
+  def root(a):
+    left, values, right = np.linalg.svd(a)
+    return left @ np.diag(np.sqrt(values)) @ right
+
+  (s, _, _), (t, mean, spread) = normalized(source), normalized(target)
+  own, wanted = (z @ z.T + np.eye(len(z)) for z in (s, t))
+  out = root(wanted) @ np.linalg.inv(root(own)) @ s
+  out = out * spread[:, None] + mean[:, None]
+  return out.T.reshape(source.shape)
+
+
+def test_coral_equals_the_formula():
+  source = random_image(2, 12, 10, 3)
+  target = random_image(2, 8, 14, 3, seed=1) ** 1.1
+  target[..., 1] += 2 * target[..., 0]  # Correlated.
+  got = jax.jit(stylization.coral)(source, target)
+  want = [coral_in_numpy(*pair) for pair in zip(source, target, strict=True)]
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=0.05)
+
+
 # Laws.
+
+
+def test_coral_takes_on_mean_spread_and_correlation():
+  source, target = random_image(30, 40, 3), random_image(20, 30, 3, seed=1)
+  target[..., 2] += target[..., 0]
+  got = np.asarray(stylization.coral(source, target)).reshape(-1, 3)
+  want = target.reshape(-1, 3)
+  np.testing.assert_allclose(got.mean(0), want.mean(0), rtol=1e-4)
+  scale = np.cov(want.T)
+  # Sums, not means: the number of pixels counts, as in the public code.
+  np.testing.assert_allclose(
+    np.cov(got.T), scale * 599 / 1199, atol=0.01 * scale.max()
+  )
+  same = stylization.coral(target, target)
+  np.testing.assert_allclose(same, target, atol=0.01)
+
+
+def test_coral_of_constants_and_greys_is_finite_with_its_gradient():
+  grey = np.repeat(random_image(6, 7, 1), 3, -1)
+  flat = np.full((5, 5, 3), 77.7, np.float32)
+  colourful = random_image(6, 7, 3, seed=1)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def loss(source, target):
+    return jnp.mean(stylization.coral(source, target) ** 2)
+
+  for pair in ((grey, colourful), (colourful, grey), (flat, flat)):
+    value, grads = loss(*pair)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+  got = stylization.coral(flat, colourful)
+  want = np.broadcast_to(colourful.mean((0, 1)), flat.shape)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  got = stylization.coral(colourful, flat)
+  np.testing.assert_allclose(got, np.full_like(colourful, 77.7), rtol=1e-5)
 
 
 def test_adain_moves_statistics_onto_those_of_the_style():
@@ -331,3 +401,37 @@ def test_wrong_shapes_are_refused_by_name():
     stylization.match_statistics(x, random_image(3, 6, 6, 3))
   with pytest.raises(TypeError, match="strength"):
     stylization.match_statistics(x, x, strength=np.ones(3))
+
+
+def test_gradient_of_coral_is_that_of_differences():
+  def loss(source, target):
+    return jnp.mean(stylization.coral(source, target) ** 2)
+
+  pair = random_image(4, 5, 3, top=1), random_image(5, 3, 3, seed=1, top=1)
+  test_util.check_grads(
+    jax.jit(loss), pair, order=1, modes=["rev"], atol=0.02, rtol=0.05, eps=1e-2
+  )
+
+
+def test_coral_of_a_batch_is_that_of_each():
+  source, target = random_image(2, 6, 5, 3), random_image(2, 4, 5, 3, seed=1)
+  whole = stylization.coral(source, target)
+  mapped = jax.vmap(stylization.coral)(source, target)
+  np.testing.assert_allclose(mapped, whole, rtol=1e-4, atol=1e-3)
+  shared = stylization.coral(source, target[1])
+  np.testing.assert_allclose(shared[1], whole[1], rtol=1e-4, atol=1e-3)
+  # In any unit.
+  small = stylization.coral(source / 255, target / 255)
+  np.testing.assert_allclose(255 * small, whole, rtol=1e-3, atol=0.01)
+
+
+def test_moments_and_coral_refuse():
+  image = random_image(4, 4, 3)
+  with pytest.raises(ValueError, match="epsilon must be above 0, got 0"):
+    stylization.moments(image, epsilon=0)
+  with pytest.raises(ValueError, match="features must be of at least one pix"):
+    stylization.moments(image[:0])
+  with pytest.raises(ValueError, match="target must be of at least one pixel"):
+    stylization.coral(image, image[:, :0])
+  with pytest.raises(Exception, match="target"):
+    stylization.coral(image, image[..., :1])
