@@ -1,7 +1,7 @@
 """Evaluates checkpoints through the evaluators that training uses.
 
 python eval.py --workdir=runs/a                a report of one run
-python eval.py --workdir=runs/a,runs/b         the same, side by side
+python eval.py --workdir=runs/a,runs/b         side by side, and in one figure
 
 Writes `metrics.json`, the figures and one self-contained `report.html`.
 """
@@ -52,7 +52,7 @@ def evaluate(
   runtime.check_batch_size(config.batch_size, mesh)
   system = system_lib.load(config)
   state = runtime.restored(system, config, workdir, mesh, step=step)
-  metrics, figures = {}, {}
+  metrics, figures, plots = {}, {}, {}
   for name, evaluator in tqdm(
     system.evaluators.items(),
     unit="evaluator",
@@ -65,11 +65,14 @@ def evaluate(
     if pictures and evaluator.pictures is not None and not processes.index():
       drawn = evaluator.pictures(runtime.local(state), outputs)
       figures |= {f"{name}-{k}": figure for k, figure in drawn.items()}
+    if pictures and evaluator.plots is not None:
+      plots |= {f"{name}-{k}": p for k, p in evaluator.plots(outputs).items()}
   return report.Result(
     name=_name(workdir),
     step=int(state.step),
     metrics=metrics,
     pictures=figures,
+    plots=plots,
     history=logs.read(workdir),
     config=config.to_dict(),
   )

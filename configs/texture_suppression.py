@@ -18,7 +18,7 @@ Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jaxshape.engine import settings
+from jaxshape.engine import bench, settings
 from jaxshape.typing import Config
 
 MODES = (
@@ -77,12 +77,8 @@ def get_config(mode: str = "imagenet") -> Config:
   config.augment = ConfigDict()  # On the device, after the filter.
   config.augment.horizontal_flip = ConfigDict()
 
-  config.bench = ConfigDict()
-  config.bench.cue_conflict = ""  # The split with both labels.
+  config.bench = bench.defaults()
   config.bench.corruption_split = "validation"
-  config.bench.corruption_examples = 0  # So many, drawn; 0 for all.
-  config.bench.corruptions = ()
-  config.bench.severities = (1, 2, 3, 4, 5)
   config.bench.saliency = ("validation",)
   config.bench.filtered = "validation"  # Accuracy on filtered images.
 

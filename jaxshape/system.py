@@ -22,6 +22,8 @@ from jaxshape.typing import Batch, Config, Metrics, PyTree
 if TYPE_CHECKING:  # Drawing is not needed to train.
   from matplotlib.figure import Figure
 
+  from jaxshape.engine.comparison import Plot
+
 
 class TrainState(flax.struct.PyTreeNode):
   """All that changes during training, and so all that a checkpoint holds.
@@ -41,6 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 Pictures = Callable[[TrainState, Sequence[PyTree]], "Mapping[str, Figure]"]
+Plots = Callable[[Sequence[PyTree]], "Mapping[str, Plot]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Evaluator:
     summarize: The numbers to report, from the outputs of all batches (NumPy).
     pictures: Figures that a person would rather look at than at the numbers,
       from the state and the outputs of all batches.
+    plots: What several runs are drawn together by, from the outputs.
     then: Another evaluator, made from the outputs of this one, whose numbers
       are added: where data go through the network twice.
   """
@@ -64,6 +68,7 @@ class Evaluator:
   step: Callable[[TrainState, Batch], PyTree]
   summarize: Callable[[Sequence[PyTree]], Mapping[str, float]]
   pictures: Pictures | None = None
+  plots: Plots | None = None
   then: "Callable[[Sequence[PyTree]], Evaluator] | None" = None
 
 

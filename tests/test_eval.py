@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 import eval as evaluation
 from jaxshape.engine import command
+from jaxshape.engine.comparison import Plot
 from jaxshape.errors import InputError
 from tests.tiny import regression, settings
 import train
@@ -37,6 +39,22 @@ def test_a_system_that_trains_nothing_needs_no_checkpoint(tmp_path):
   x = regression.rows(range(regression.ROWS))
   want = np.mean(regression.squared_error(np.ones((4, 1)), x))
   assert got.metrics["test/error"] == pytest.approx(want, abs=1e-10)
+
+
+def test_evaluators_say_what_runs_are_compared_by(run, monkeypatch):
+  def plots(outputs):
+    return {"errors": Plot("lines", (1, 2), (len(outputs), 0), "x", "y")}
+
+  def load(config):
+    system = regression.make(config)
+    (name,) = system.evaluators
+    evaluator = dataclasses.replace(system.evaluators[name], plots=plots)
+    return dataclasses.replace(system, evaluators={name: evaluator})
+
+  monkeypatch.setattr(evaluation.system_lib, "load", load)
+  (found,) = evaluation.evaluate(settings.config(), run).plots.items()
+  assert found == ("test-errors", plots(range(3))["errors"])
+  assert not evaluation.evaluate(settings.config(), run, pictures=False).plots
 
 
 def test_an_older_step_can_be_named(run):

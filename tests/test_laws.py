@@ -92,7 +92,7 @@ def test_the_machinery_is_read_in_half_an_hour():
     "jaxshape/engine/checkpoints.py", "jaxshape/engine/logs.py",
     "jaxshape/engine/command.py", "jaxshape/engine/settings.py",
   ]  # fmt: skip
-  assert _code(files) <= 2140, _code(files)
+  assert _code(files) <= 2150, _code(files)
   # What only several processes need is read apart.
   apart = _code(["jaxshape/engine/processes.py"])
   assert apart <= 450, apart

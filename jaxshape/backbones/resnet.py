@@ -230,6 +230,26 @@ class ResNet(nn.Module):
     Raises:
       ValueError: There is a mask in training, where padding would count.
     """
+    return self.stages(images, train=train, mask=mask)[-1]
+
+  @typed
+  def stages(
+    self, images: Features, *, train: bool, mask: Mask | None = None
+  ) -> tuple[Float[Array, "batch _ _ _"], ...]:
+    """The spatial features after every stage, from normalized images.
+
+    Args:
+      images: See `features`.
+      train: See `features`.
+      mask: See `features`.
+
+    Returns:
+      Features in `dtype`, not negative, of the first stage to the last, which
+      are those of `features`.
+
+    Raises:
+      ValueError: See `features`.
+    """
     if mask is not None and train:
       raise ValueError("mask must be None in training, got an array.")
     # A convolution pads with 0, and that is what a mask leaves around an image.
@@ -242,11 +262,13 @@ class ResNet(nn.Module):
       x = _halve(_within(x, mask))
       mask = _strided(mask, 2)
     x = _within(x, mask)
+    out = []
     for stage in range(len(self.stage_sizes)):
       for i, layer in enumerate(getattr(self, f"layer{stage + 1}")):
         x = layer(x, train=train, mask=mask)
         mask = _strided(mask, 2 if stage > 0 and i == 0 else 1)
-    return x
+      out.append(x)
+    return tuple(out)
 
   @property
   def stride(self) -> int:

@@ -7,7 +7,8 @@ batch size. Images are 0..255, uint8 or float.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from jaxshape.data import stream
-from jaxshape.engine import report
+from jaxshape.engine import comparison, report
 from jaxshape.errors import InputError
 from jaxshape.explanations import class_activation
 from jaxshape.filters import corruption
-from jaxshape.metrics import classification, shape_bias
+from jaxshape.metrics import classification, robustness, shape_bias
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Batch, PyTree
 
@@ -95,13 +96,34 @@ def accuracy(classifier: Classifier, data: Data) -> Evaluator:
   return Evaluator(data, step, summarize, pictures)
 
 
-def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
+def cue_conflict(
+  classifier: Classifier,
+  data: Data,
+  *,
+  decide: Callable[[Array], Array] | None = None,
+  classes: Sequence[str] | None = None,
+) -> Evaluator:
   """Whether shape or texture decides where the two disagree.
+
+  Args:
+    classifier: The network.
+    data: With "label", the class of the shape, and "texture", that of the
+      texture; -1 is no class.
+    decide: From logits to a decision; the highest by default.
+    classes: What is decided between, if not the classifier's classes.
+
+  Returns:
+    The evaluator. "decisions" is how many images were named by their shape or
+    their texture, "decided_share" which part of those in conflict, which are
+    also what "shape_top1" and "texture_top1" are taken over; "shape_match" and
+    "texture_match" are divided by all images, in conflict or not, as in the
+    public protocol.
 
   Reference:
     Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR
     2019, Sec. 2.
   """
+  named = classifier.classes if classes is None else classes
 
   def step(state: TrainState, batch: Batch) -> PyTree:
     if "texture" not in batch:
@@ -114,7 +136,7 @@ def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
       "mask": batch["mask"],
       "shape": jnp.asarray(batch["label"]),
       "texture": jnp.asarray(batch["texture"]),
-      "prediction": jnp.argmax(logits, axis=-1),
+      "prediction": decide(logits) if decide else jnp.argmax(logits, axis=-1),
     }
 
   def count(outputs: Sequence[PyTree]) -> np.ndarray:
@@ -123,7 +145,7 @@ def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
       rows["prediction"],
       rows["shape"],
       rows["texture"],
-      num_classes=len(classifier.classes),
+      num_classes=len(named),
     )
     return np.asarray(counts)
 
@@ -131,20 +153,41 @@ def cue_conflict(classifier: Classifier, data: Data) -> Evaluator:
     counts = count(outputs).sum(axis=0)
     bias, decisions = shape_bias.shape_bias(counts)
     conflicts = max(1, counts.sum())
+    trials = max(1, len(real_rows(outputs)["shape"]))
     return {
       "shape_bias": float(bias),
       "decisions": float(decisions),
+      "decided_share": float(decisions) / conflicts,
       "shape_top1": counts[0] / conflicts,
       "texture_top1": counts[1] / conflicts,
+      "shape_match": counts[0] / trials,
+      "texture_match": counts[1] / trials,
     }
+
+  def plots(outputs: Sequence[PyTree]) -> Mapping[str, comparison.Plot]:
+    counts = count(outputs)
+    by_class, _ = shape_bias.shape_bias(counts)
+    over_all, _ = shape_bias.shape_bias(counts.sum(axis=0))
+    bias = comparison.Plot(
+      "rows",
+      tuple(named),
+      np.asarray(by_class).tolist(),
+      place="class",
+      value="share of shape among the decisions",
+      whole=float(over_all),
+      other="share of texture",
+    )
+    return {"by class": bias}
 
   def pictures(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del state
-    return {"by class": _bias_by_class(count(outputs), classifier.classes)}
+    return {
+      name: comparison.draw({"": plot}) for name, plot in plots(outputs).items()
+    }
 
-  return Evaluator(data, step, summarize, pictures)
+  return Evaluator(data, step, summarize, pictures, plots)
 
 
 def corruptions(
@@ -154,15 +197,37 @@ def corruptions(
   names: Sequence[str],
   severities: Sequence[int],
   seed: int = 0,
+  baseline: robustness.Errors = robustness.ALEXNET_ERRORS,
+  baseline_clean_error: float = robustness.ALEXNET_CLEAN_ERROR,
 ) -> Evaluator:
   """The error on degraded images, by kind and severity.
+
+  They are degraded here, on the device, not read from the published files,
+  which were stored as JPEG once more: compare only like with like.
+
+  Args:
+    classifier: The network.
+    data: Plain images.
+    names: Of `filters.corruption`.
+    severities: Some of 1 to 5.
+    seed: Of what the corruptions draw, for each image by its number.
+    baseline: Errors of another network, by corruption, at severities 1 to 5;
+      by default AlexNet's on ImageNet, for the 15 corruptions of ImageNet-C.
+    baseline_clean_error: That of the other network on plain images.
+
+  Returns:
+    The evaluator. Where all corruptions of the baseline are measured, at all
+    severities, "mce" and "relative_mce" are fractions of its errors.
 
   Reference:
     Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
     Corruptions and Perturbations", ICLR 2019, Sec. 4.
   """
   _check_cases(names, severities)
-  cases = [(name, severity) for name in names for severity in severities]
+  measured = _Corruptions(
+    tuple(names), tuple(severities), baseline, baseline_clean_error
+  )
+  cases = measured.cases()
 
   def degraded() -> Iterator[Batch]:
     for number in range(len(cases)):
@@ -181,7 +246,7 @@ def corruptions(
       one = lambda key, image: corruption.corrupt(
         key, image, name=name, severity=severity
       )
-      return lambda: jax.vmap(one)(keys, images)
+      return lambda: jax.vmap(one)(keys, images) if name else images
 
     number = jnp.asarray(batch["corruption"])
     images = jax.lax.switch(number[0], [branch(*case) for case in cases])
@@ -193,28 +258,83 @@ def corruptions(
       "wrong": 1 - classification.top_k_correct(logits, labels, k=1),
     }
 
-  def table(outputs: Sequence[PyTree]) -> np.ndarray:
-    rows = real_rows(outputs)
-    errors = [
-      _mean(rows["wrong"][rows["case"] == n]) for n in range(len(cases))
-    ]
-    return np.reshape(errors, (len(names), len(severities)))
-
-  def summarize(outputs: Sequence[PyTree]) -> Mapping[str, float]:
-    errors = table(outputs)
-    out = {
-      f"{name}_error": float(row.mean())
-      for name, row in zip(names, errors, strict=True)
-    }
-    return {"mean_error": float(errors.mean()), **out}
-
   def pictures(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del state
-    return {"severity": _curves(table(outputs), names, severities)}
+    errors, _ = measured.errors(outputs)
+    return {"severity": _curves(errors, names, severities)}
 
-  return Evaluator(degraded, step, summarize, pictures)
+  return Evaluator(degraded, step, measured.summarize, pictures, measured.plots)
+
+
+class _Corruptions(NamedTuple):
+  """Which corruptions are measured, and what comes out."""
+
+  names: tuple[str, ...]
+  severities: tuple[int, ...]
+  baseline: robustness.Errors
+  baseline_clean_error: float
+
+  @property
+  def complete(self) -> bool:
+    """Whether all is there that can be compared with the baseline."""
+    known = set(self.baseline) <= set(self.names)
+    return known and sorted(self.severities) == [1, 2, 3, 4, 5]
+
+  def cases(self) -> list[tuple[str, int]]:
+    """Names and severities; the last is no corruption if they are complete."""
+    cases = [(n, s) for n in self.names for s in self.severities]
+    return [*cases, ("", 0)] if self.complete else cases
+
+  def errors(self, outputs: Sequence[PyTree]) -> tuple[np.ndarray, float]:
+    """Errors [names, severities], and that on plain images, or NaN."""
+    rows = real_rows(outputs)
+    errors = [
+      _mean(rows["wrong"][rows["case"] == n]) for n in range(len(self.cases()))
+    ]
+    clean = errors.pop() if self.complete else math.nan
+    return np.reshape(errors, (len(self.names), len(self.severities))), clean
+
+  def summarize(self, outputs: Sequence[PyTree]) -> Mapping[str, float]:
+    errors, clean = self.errors(outputs)
+    out = {"mean_error": float(errors.mean())}
+    if math.isfinite(clean):
+      table = dict(zip(self.names, errors, strict=True))
+      out["clean_error"] = clean
+      out["mce"] = 0.01 * robustness.mean_corruption_error(
+        table, baseline=self.baseline, severities=self.severities
+      )
+      out["relative_mce"] = 0.01 * robustness.relative_mean_corruption_error(
+        table,
+        clean,
+        baseline=self.baseline,
+        baseline_clean_error=self.baseline_clean_error,
+        severities=self.severities,
+      )
+    for name, row in zip(self.names, errors, strict=True):
+      out[f"{name}_error"] = float(row.mean())
+    for severity, column in zip(self.severities, errors.T, strict=True):
+      out[f"severity_{severity}_top1"] = 1 - float(column.mean())
+    return out
+
+  def plots(self, outputs: Sequence[PyTree]) -> Mapping[str, comparison.Plot]:
+    errors, _ = self.errors(outputs)
+    by_severity = comparison.Plot(
+      "lines",
+      self.severities,
+      errors.mean(axis=0).tolist(),
+      place="severity",
+      value="error, mean over corruptions",
+    )
+    by_name = comparison.Plot(
+      "bars",
+      self.names,
+      errors.mean(axis=1).tolist(),
+      place="corruption",
+      value="error, mean over severities",
+    )
+    return {"severity": by_severity, "kind": by_name}
 
 
 def _check_cases(names: Sequence[str], severities: Sequence[int]) -> None:
@@ -357,22 +477,6 @@ def _calibration(confidence: np.ndarray, right: np.ndarray) -> Figure:
   axes.set_ylim(0, 1)
   axes.set_xlabel("confidence")
   axes.set_ylabel("accuracy")
-  return figure
-
-
-def _bias_by_class(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-  by_class, _ = shape_bias.shape_bias(counts)
-  over_all, _ = shape_bias.shape_bias(counts.sum(axis=0))
-  figure = Figure(figsize=(5, 0.25 * len(classes) + 1), layout="constrained")
-  axes = figure.subplots()
-  order = np.arange(len(classes))
-  axes.scatter(np.asarray(by_class), order)
-  axes.axvline(float(over_all), linestyle="--")
-  axes.set_yticks(order, classes, fontsize=8)
-  axes.set_xlim(-0.02, 1.02)
-  axes.invert_yaxis()
-  axes.set_xlabel("share of shape among the decisions (dashed: all classes)")
-  axes.grid(axis="y", alpha=0.3)
   return figure
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxshape.engine import comparison
 from jaxshape.errors import InputError
 
 if TYPE_CHECKING:  # Drawing is not needed to train.
@@ -34,6 +35,8 @@ FORMS = (("png", 110), ("jpeg", 110), ("jpeg", 70), ("jpeg", 45))
 # Enough for a chart as wide as these.
 MAX_POINTS = 240
 CHART_WIDTH, CHART_HEIGHT = 340, 190
+# Metrics that are drawn over the evaluators that have them.
+HEADLINES = ("top1", "miou", "mAP")
 LEFT, RIGHT, TOP, BOTTOM = 46, 20, 10, 22
 MISSING = "\N{EN DASH}"
 
@@ -63,6 +66,7 @@ KINDS = {
   "confidence": Kind(percent=True),
   "spread": Kind(percent=True),
   "share": Kind(percent=True),
+  "match": Kind(percent=True),
   "loss": Kind(better=-1),
   "cross_entropy": Kind(better=-1),
   "entropy": Kind(),
@@ -80,6 +84,7 @@ class Result:
     metrics: Numbers by name, fractions as fractions.
     step: The checkpoint's; None for numbers from elsewhere, such as a paper's.
     pictures: Figures by name.
+    plots: What is drawn together with other results' plots of the same name.
     history: The rows of `metrics.jsonl`, each with its `"step"`.
     config: What the run was given, nested or flat.
   """
@@ -88,6 +93,7 @@ class Result:
   metrics: Mapping[str, float]
   step: int | None = None
   pictures: "Mapping[str, Figure]" = dataclasses.field(default_factory=dict)
+  plots: Mapping[str, comparison.Plot] = dataclasses.field(default_factory=dict)
   history: Sequence[Mapping[str, Any]] = ()
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -216,6 +222,8 @@ def write(
 ) -> pathlib.Path:
   """Writes `metrics.json`, `figures/<name>-<picture>.png` and `report.html`.
 
+  Of several results, `figures/all-<plot>.png` shows what they can share.
+
   Args:
     folder: Made if it is missing; what is in it is overwritten.
     results: One column each, in this order.
@@ -249,14 +257,41 @@ def write(
   }
   text = json.dumps(numbers, indent=2, allow_nan=False, ensure_ascii=False)
   (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+  together = _together(results)
   taken: set[str] = set()
-  for r in results:
-    for name, figure in r.pictures.items():
-      file = _file_name(f"{r.name}-{name}", taken)
+  for column, figures in [
+    ("all", together),
+    *((r.name, r.pictures) for r in results),
+  ]:
+    for name, figure in figures.items():
+      file = _file_name(f"{column}-{name}", taken)
       (folder / "figures" / f"{file}.png").write_bytes(_encode(figure))
   page = folder / "report.html"
-  page.write_bytes(_page(results, title=title, notes=notes))
+  page.write_bytes(_page(results, together, title=title, notes=notes))
   return page
+
+
+def _together(results: Sequence[Result]) -> "dict[str, Figure]":
+  """What several results share: their headlines, then their plots."""
+  if len(results) < 2:
+    return {}
+  drawn = {r.name: {**_headlines(results, r), **r.plots} for r in results}
+  return comparison.figures(drawn)
+
+
+def _headlines(
+  results: Sequence[Result], one: Result
+) -> Mapping[str, comparison.Plot]:
+  """A result's metrics that several evaluators have, over all of them."""
+  found = {}
+  for name in HEADLINES:
+    metrics = dict.fromkeys(m for r in results for m in r.metrics)
+    metrics = [m for m in metrics if m.partition("/")[2] == name]
+    values = [float(one.metrics.get(m, math.nan)) for m in metrics]
+    if len(metrics) > 1 and not all(map(math.isnan, values)):
+      groups = [m.partition("/")[0] for m in metrics]
+      found[name] = comparison.Plot("bars", groups, values, "evaluator", name)
+  return found
 
 
 def image_sheet(
@@ -364,7 +399,11 @@ def _encode(
 
 
 def _page(
-  results: Sequence[Result], *, title: str, notes: Sequence[str]
+  results: Sequence[Result],
+  together: "Mapping[str, Figure]",
+  *,
+  title: str,
+  notes: Sequence[str],
 ) -> bytes:
   import jinja2  # noqa: PLC0415 (training needs neither of the two)
   from markupsafe import Markup  # noqa: PLC0415
@@ -405,10 +444,18 @@ def _page(
       ]
       for name in dict.fromkeys(p for r in results for p in r.pictures)
     }
-    page = template.render(values, pictures=pictures, left_out=False).encode()
+    shared = {
+      name: Markup(_inline(figure, form, dpi))
+      for name, figure in together.items()
+    }
+    page = template.render(
+      values, together=shared, pictures=pictures, left_out=False
+    ).encode()
     if len(page) <= MAX_BYTES:
       return page
-  return template.render(values, pictures={}, left_out=True).encode()
+  return template.render(
+    values, together={}, pictures={}, left_out=True
+  ).encode()
 
 
 def _inline(figure: "Figure", form: str, dpi: int) -> str:

@@ -34,7 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape.data import augment, sources, stream, suppression
-from jaxshape.engine import classifiers, evaluators, optimizers, report, steps
+from jaxshape.engine import (
+  bench,
+  classifiers,
+  evaluators,
+  optimizers,
+  report,
+  steps,
+)
 from jaxshape.errors import InputError
 from jaxshape.layers import apply
 from jaxshape.system import Evaluator, System, TrainState
@@ -206,31 +213,13 @@ def _evaluators(
   classifier: evaluators.Classifier,
   splits: classifiers.Splits,
 ) -> Mapping[str, Evaluator]:
-  """One accuracy per split, and what `config.bench` asks for besides."""
-  out: dict[str, Evaluator] = {
-    split: evaluators.accuracy(classifier, splits.batches(split))
-    for split in config.data.eval_splits
-  }
-  bench = config.bench
-  if bench.cue_conflict:
-    out["cue_conflict"] = evaluators.cue_conflict(
-      classifier, splits.batches(bench.cue_conflict)
-    )
-  if bench.corruptions:
-    out["corruption"] = evaluators.corruptions(
-      classifier,
-      splits.batches(bench.corruption_split, most=bench.corruption_examples),
-      names=bench.corruptions,
-      severities=bench.severities,
-    )
-  for split in bench.saliency:
-    out[f"saliency_{split}"] = evaluators.saliency(
-      classifier, splits.batches(split)
-    )
+  """What `config.bench` asks for, and accuracy on filtered images."""
+  out = bench.evaluators(config, classifier, splits)
+  filtered = config.bench.filtered
   # The styles of "stylized" are a batch's own: no measure of a network.
-  if bench.filtered and config.suppression.filter != "stylized":
-    out[f"filtered_{bench.filtered}"] = _on_filtered(
-      config.suppression, classifier, splits.batches(bench.filtered)
+  if filtered and config.suppression.filter != "stylized":
+    out[f"filtered_{filtered}"] = _on_filtered(
+      config.suppression, classifier, splits.batches(filtered)
     )
   return out
 

@@ -90,6 +90,28 @@ def _block(x, p, s, *, stride, bottleneck):
   return relu(x + y)
 
 
+def test_stages_are_the_features_on_their_way():
+  module = _tiny()
+  params, collections = _drawn(module)
+  call = lambda method, **options: apply.apply(
+    module, params, collections, IMAGES, method=method, **options
+  )
+  stages, _ = call("stages", train=False)
+  assert [x.shape for x in stages] == [(4, 8, 8, 4), (4, 4, 4, 8)]
+  np.testing.assert_array_equal(stages[-1], call("features", train=False)[0])
+  stats = collections["batch_stats"]
+  want = _block(
+    stages[0], params["layer2_0"], stats["layer2_0"], stride=2, bottleneck=False
+  )
+  np.testing.assert_allclose(stages[1], want, rtol=1e-4, atol=1e-4)
+  # In training both give the same new statistics.
+  a, b = (call(m, train=True, update=True)[1] for m in ("stages", "features"))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+  with pytest.raises(ValueError, match="mask must be None in training"):
+    call("stages", train=True, mask=np.ones((4, 8, 8), bool))
+
+
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_network_transcribed(block):
   images = RNG.normal(size=(2, 7, 6, 3)).astype(np.float32)

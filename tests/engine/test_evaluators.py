@@ -146,10 +146,30 @@ def test_cue_conflict_row_by_row(batch_size):
   want = {
     "shape_bias": shape / (shape + texture),
     "decisions": shape + texture,
+    "decided_share": (shape + texture) / conflicts,
     "shape_top1": shape / conflicts,
     "texture_top1": texture / conflicts,
+    "shape_match": shape / 19,  # Of all trials, in conflict or not.
+    "texture_match": texture / 19,
   }
   assert got == pytest.approx(want)
+
+
+def test_cue_conflict_by_another_rule():
+  fold = lambda logits: jnp.argmax(logits, axis=-1) % 2
+  got, outputs, evaluator = _run(
+    evaluators.cue_conflict, 8, decide=fold, classes=CLASSES[:2]
+  )
+  shape = texture = 0
+  for row in SOURCE.counted():
+    if row["label"] != row["texture"] and row["label"] < 2:
+      decision = np.argmax(_logits(row["image"][None])[0]) % 2
+      shape += decision == row["label"]
+      texture += decision == row["texture"]
+  assert got["decisions"] == shape + texture > 0
+  plot = evaluator.plots(outputs)["by class"]
+  assert list(plot.places) == list(CLASSES[:2])
+  assert plot.whole == pytest.approx(shape / (shape + texture))
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
@@ -178,6 +198,8 @@ def test_corruptions_row_by_row(batch_size):
     "mean_error": errors.mean(),
     "impulse_noise_error": errors[0].mean(),
     "brightness_error": errors[1].mean(),
+    "severity_5_top1": 1 - errors[:, 0].mean(),
+    "severity_1_top1": 1 - errors[:, 1].mean(),
   }
   assert len(set(errors.flat)) == 4
   assert list(got) == list(want)  # In the order that was asked for.
@@ -186,6 +208,42 @@ def test_corruptions_row_by_row(batch_size):
   for line, row in zip(lines, [*errors, errors.mean(0)], strict=True):
     np.testing.assert_array_equal(line.get_xdata(), severities)
     np.testing.assert_allclose(line.get_ydata(), row)
+
+
+def test_errors_are_compared_with_those_of_a_baseline():
+  table = {
+    "contrast": (0.2, 0.3, 0.4, 0.5, 0.6),
+    "brightness": (0.5, 0.5, 0.6, 0.7, 0.7),
+  }
+  names, severities = ("brightness", "contrast"), (5, 1, 2, 3, 4)
+  got, outputs, evaluator = _run(
+    evaluators.corruptions,
+    24,
+    names=names,
+    severities=severities,
+    baseline=table,
+    baseline_clean_error=0.1,
+  )
+  rows = {k: np.concatenate([o[k] for o in outputs]) for k in outputs[0]}
+  real = rows.pop("mask") > 0
+  case, wrong = rows["case"][real], rows["wrong"][real]
+  errors = [wrong[case == n].mean() for n in range(11)]
+  images = np.stack([row["image"] for row in SOURCE.counted()])
+  labels = [row["label"] for row in SOURCE.counted()]
+  clean = np.mean(np.argmax(_logits(images), axis=1) != labels)
+  assert errors[10] == pytest.approx(clean)
+  assert got["clean_error"] == pytest.approx(clean)
+  ours = {"brightness": np.sum(errors[:5]), "contrast": np.sum(errors[5:10])}
+  theirs = {name: np.sum(row) for name, row in table.items()}
+  mce = np.mean([ours[n] / theirs[n] for n in names])
+  assert got["mce"] == pytest.approx(mce)
+  added = [(ours[n] - 5 * clean) / (theirs[n] - 0.5) for n in names]
+  assert got["relative_mce"] == pytest.approx(np.mean(added))
+  plots = evaluator.plots(outputs)
+  want = np.reshape(errors[:10], (2, 5))
+  np.testing.assert_allclose(plots["severity"].values, want.mean(0))
+  np.testing.assert_allclose(plots["kind"].values, want.mean(1))
+  assert len(evaluator.pictures(STATE, outputs)["severity"].axes[0].lines) == 3
 
 
 def _map(image, named):
@@ -310,8 +368,8 @@ def test_data_without_textures_are_refused():
 
 
 def test_corruptions_that_do_not_exist_are_refused_before_training():
-  options = {"names": ("fog",), "severities": (1,)}
-  with pytest.raises(InputError, match=r"'fog'.*there are: .*contrast"):
+  options = {"names": ("rain",), "severities": (1,)}
+  with pytest.raises(InputError, match=r"'rain'.*there are: .*contrast"):
     evaluators.corruptions(_classifier(), _data(8), **options)
   options = {"names": ("contrast",), "severities": (0, 1)}
   with pytest.raises(InputError, match=r"severities must be .*1 to 5.*0, 1"):

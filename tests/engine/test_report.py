@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from jaxshape.engine import report
+from jaxshape.engine import comparison, report
 from jaxshape.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -262,3 +262,42 @@ def test_report_refuses(tmp_path):
     report.write(tmp_path / "file", [_result()], title="t")
   with pytest.raises(ValueError, match="images must hold one image or more"):
     report.image_sheet([])
+
+
+def _bias(values, places=("cat", "dog")):
+  return comparison.Plot(
+    "rows", places, values, place="class", value="share of shape"
+  )
+
+
+def test_what_several_results_share_is_drawn_into_one_figure(tmp_path):
+  metrics = {"plain/top1": 0.75, "outline/top1": 0.5, "plain/loss": 0.1}
+  one = _result(
+    "one", metrics=metrics, plots={"cue-by class": _bias([0.1, 0.2])}
+  )
+  two = _result(
+    "two", metrics=metrics, plots={"cue-by class": _bias([0.3, 0.4])}
+  )
+  other = _result("other", plots={"cue-by class": _bias([1], ("owl",))})
+  page = _page(tmp_path, one, two, other)
+  files = sorted(p.name for p in (tmp_path / "figures").iterdir())
+  assert files == ["all-cue-by-class.png", "all-top1.png"]
+  assert page.count("data:image/png;base64,") == 2
+  assert "<h2>Compared</h2>" in page
+  alone = _page(tmp_path / "alone", one)
+  assert "Compared" not in alone
+  assert "data:image" not in alone
+  assert list((tmp_path / "alone" / "figures").iterdir()) == []
+
+
+def test_headlines_have_every_evaluator_of_any_result():
+  one = report.Result("a", {"x/top1": 0.5, "y/top1": 0.25, "x/mAP": 0.5})
+  two = report.Result("b", {"x/top1": 0.75, "z/top1": 0.5})
+  none = report.Result("c", {"x/loss": 1.0})
+  figures = report._together([one, two, none])
+  assert list(figures) == ["top1"]  # Of mAP there is one evaluator.
+  axes = figures["top1"].axes[0]
+  assert [t.get_text() for t in axes.get_xticklabels()] == ["x", "y", "z"]
+  heights = [[bar.get_height() for bar in c] for c in axes.containers]
+  want = [[0.5, 0.25, math.nan], [0.75, math.nan, 0.5]]
+  np.testing.assert_array_equal(heights, want)

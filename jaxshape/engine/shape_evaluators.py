@@ -1,0 +1,321 @@
+"""Evaluators that tell shape from texture by restyled images.
+
+Every number is a mean over rows, or made from all of them, so that none depends
+on the batch size. Images and styles are 0..255 and restyled on the device.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import numpy as np
+
+from jaxshape.data import sources, stream
+from jaxshape.engine import comparison, evaluators, report
+from jaxshape.errors import InputError, few
+from jaxshape.filters import stylization
+from jaxshape.metrics import dimensionality as metrics
+from jaxshape.system import Evaluator, TrainState
+from jaxshape.typing import Array, Batch, PyTree
+
+CONCEPTS = ("shape", "texture")
+SHOWN = 8
+# Examples that are looked at for one of another class.
+_TRIES = 8
+# A public stimulus is called by its shape, its texture and their numbers.
+_STIMULUS = re.compile(r"([A-Za-z_ ]+?)\d*-([A-Za-z_ ]+?)\d*\.\w+")
+
+
+def stylized(
+  classifier: evaluators.Classifier,
+  data: evaluators.Data,
+  *,
+  strength: float = 1.0,
+) -> Evaluator:
+  """Accuracy on images whose texture is another's.
+
+  Args:
+    classifier: The network.
+    data: With "style" [batch, count, height, width, 3]; the first is taken.
+    strength: How much is restyled, within 0..1.
+
+  Returns:
+    The evaluator; its numbers are those of `evaluators.accuracy`.
+
+  Reference:
+    Geirhos et al., "ImageNet-trained CNNs are biased towards texture;
+    increasing shape bias improves accuracy and robustness", ICLR 2019, Sec. 2.
+  """
+  restyle = _restyler(strength)
+  plain = evaluators.accuracy(classifier, data)
+
+  def step(state: TrainState, batch: Batch) -> PyTree:
+    _require(batch, "style", "stylized accuracy")
+    images = restyle(batch["image"], batch["style"][:, 0])
+    return plain.step(state, {**batch, "image": images})
+
+  def pictures(
+    state: TrainState, outputs: Sequence[PyTree]
+  ) -> Mapping[str, Figure]:
+    drawn = plain.pictures(state, outputs) if plain.pictures else {}
+    batch = _first(data)
+    styles = batch["style"][:, 0]
+    restyled = np.asarray(restyle(batch["image"], styles))
+    names = ["original", "style", "restyled"]
+    sheet = report.image_sheet(
+      [batch["image"], styles, restyled], row_names=names
+    )
+    return {**drawn, "what is classified": sheet}
+
+  return dataclasses.replace(plain, step=step, pictures=pictures)
+
+
+class Pairs:
+  """Every example with "other", the image of one of another class.
+
+  Of which example is drawn by the example's number; where none of another class
+  is found among a few, one of any class is taken.
+  """
+
+  def __init__(self, source: sources.Source):
+    """Looks at a source, which has two examples or more.
+
+    Args:
+      source: The examples.
+
+    Raises:
+      InputError: It has one example.
+    """
+    if len(source) < 2:
+      raise InputError(
+        f"pairs need two examples or more, got {len(source)}; choose a larger "
+        "split, or more of it."
+      )
+    self.source = source
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Those of the examples."""
+    return self.source.classes
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, i: int) -> sources.Example:
+    example, n = self.source[i], len(self)
+    draw = np.random.default_rng((i, 1))
+    other = None
+    for step in draw.integers(1, n, _TRIES):
+      other = self.source[int((i + step) % n)]
+      if other["label"] != example["label"] and other.get("mask", 1):
+        break
+    assert other is not None
+    # What stands in for a damaged image is in no pair.
+    mask = example.get("mask", 1) * other.get("mask", 1)
+    return {**example, "other": other["image"], "mask": np.float32(mask)}
+
+
+def dimensionality(
+  classifier: evaluators.Classifier,
+  data: evaluators.Data,
+  *,
+  strength: float = 1.0,
+) -> Evaluator:
+  """How many neurons of the last layer but one stand for shape and texture.
+
+  A pair that shares its shape is one image in two styles; a pair that shares
+  its texture is two images in one style. A neuron is the mean of a channel over
+  the image.
+
+  Args:
+    classifier: The network.
+    data: With "other", the image of another example, and "style" [batch, 2,
+      height, width, 3].
+    strength: How much is restyled, within 0..1.
+
+  Returns:
+    The evaluator. "shape_share", "texture_share" and "residual_share" are by
+    the public estimator, in whole neurons, and "shape_score" and
+    "texture_score" what it makes them of; those that begin with "correlation/"
+    weigh every neuron alike, by its correlation over the pairs.
+
+  Reference:
+    Islam et al., "Shape or Texture: Understanding Discriminative Features in
+    CNNs", ICLR 2021, Sec. 3.1.
+  """
+  restyle = _restyler(strength)
+
+  def views(batch: Batch) -> tuple[Array, Array, Array]:
+    first, second = batch["style"][:, 0], batch["style"][:, 1]
+    return (
+      restyle(batch["image"], first),
+      restyle(batch["image"], second),
+      restyle(batch["other"], first),
+    )
+
+  def step(state: TrainState, batch: Batch) -> PyTree:
+    for name in ("style", "other"):
+      _require(batch, name, "dimensionality")
+    latents = [
+      jnp.mean(classifier.features(state, view), axis=(1, 2), dtype=jnp.float32)
+      for view in views(batch)
+    ]
+    names = ("anchor", *CONCEPTS)
+    return {"mask": batch["mask"], **dict(zip(names, latents, strict=True))}
+
+  def pairs(
+    outputs: Sequence[PyTree],
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = evaluators.real_rows(outputs)
+    return (
+      np.concatenate([rows["anchor"]] * 2),
+      np.concatenate([rows[concept] for concept in CONCEPTS]),
+      np.repeat(np.arange(2, dtype=np.int32), len(rows["anchor"])),
+    )
+
+  def shares(outputs: Sequence[PyTree]) -> dict[str, np.ndarray]:
+    latents = pairs(outputs)
+    counts = np.array(metrics.count_neurons(*latents), np.float64)
+    counts[counts < 0] = np.nan  # Nothing varies.
+    return {
+      "": counts / counts.sum(),
+      "correlation/": np.asarray(metrics.share_by_correlation(*latents)),
+    }
+
+  names = [f"{concept}_share" for concept in (*CONCEPTS, "residual")]
+
+  def summarize(outputs: Sequence[PyTree]) -> Mapping[str, float]:
+    numbers = {
+      form + name: float(share)
+      for form, found in shares(outputs).items()
+      for name, share in zip(names, found, strict=True)
+    }
+    latents = pairs(outputs)
+    scores = np.asarray(metrics.factor_scores(*latents))
+    count, neurons = latents[0].shape
+    return {
+      **numbers,
+      "shape_score": float(scores[0]),
+      "texture_score": float(scores[1]),
+      "neurons": neurons,
+      "pairs": count,
+    }
+
+  def plots(outputs: Sequence[PyTree]) -> Mapping[str, comparison.Plot]:
+    found = shares(outputs)
+    bars = functools.partial(
+      comparison.Plot,
+      "bars",
+      (*CONCEPTS, "residual"),
+      place="factor",
+      value="share of the neurons",
+    )
+    return {
+      "neurons": bars(found[""].tolist()),
+      "neurons by correlation": bars(found["correlation/"].tolist()),
+    }
+
+  def pictures(
+    state: TrainState, outputs: Sequence[PyTree]
+  ) -> Mapping[str, Figure]:
+    del state
+    drawn = plots(outputs)
+    bars = comparison.draw(
+      {
+        "public estimator": drawn["neurons"],
+        "by correlation": drawn["neurons by correlation"],
+      }
+    )
+    shown = [np.asarray(view) for view in views(_first(data))]
+    sheet = report.image_sheet(
+      shown, row_names=["image", "same shape", "same texture"]
+    )
+    return {"neurons": bars, "pairs": sheet}
+
+  return Evaluator(data, step, summarize, pictures, plots)
+
+
+class Stimuli:
+  """Images whose files say what their texture is, with it as "texture".
+
+  The public cue-conflict stimuli are called `cat1-bicycle2.png` and lie in the
+  folder of their shape. A texture that is no class is -1.
+  """
+
+  def __init__(
+    self, source: sources.Source, files: Sequence[str], classes: Sequence[str]
+  ):
+    """Reads the names.
+
+    Args:
+      source: The images.
+      files: Their names, maybe with folders before them.
+      classes: What textures are numbered by.
+
+    Raises:
+      InputError: A name says no texture, or no texture is a class.
+    """
+    self.source = source
+    found = [_STIMULUS.fullmatch(file.split("/")[-1]) for file in files]
+    if wrong := [f for f, m in zip(files, found, strict=True) if not m]:
+      raise InputError(
+        "cue-conflict images must be called by their shape and texture, such "
+        f"as cat1-bicycle2.png, got {few(wrong)}."
+      )
+    numbers = {name: i for i, name in enumerate(classes)}
+    self._textures = np.array(
+      [numbers.get(match[2], -1) for match in found if match], np.int32
+    )
+    if np.all(self._textures < 0):
+      raise InputError(
+        f"no texture of the {len(files)} cue-conflict images is one of the "
+        f"classes {few(classes)}."
+      )
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Those of the shapes, and of the textures."""
+    return self.source.classes
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, i: int) -> sources.Example:
+    return {**self.source[i], "texture": self._textures[i]}
+
+
+def _restyler(strength: float) -> Any:
+  if not 0 <= strength <= 1:
+    raise ValueError(f"style_strength must be in 0..1, got {strength}.")
+
+  def restyle(images: evaluators.Images, styles: evaluators.Images) -> Array:
+    return stylization.match_statistics(
+      jnp.asarray(images, jnp.float32),
+      jnp.asarray(styles, jnp.float32),
+      strength=strength,
+    )
+
+  return restyle
+
+
+def _require(batch: Batch, name: str, what: str) -> None:
+  if name not in batch:
+    raise InputError(
+      f'{what} needs examples with "{name}", got {", ".join(sorted(batch))}.'
+    )
+
+
+def _first(data: evaluators.Data) -> dict[str, np.ndarray]:
+  """The first rows that are no padding."""
+  batches: stream.Batches = data()
+  with contextlib.closing(batches):
+    for batch in batches:
+      real = np.flatnonzero(batch["mask"])[:SHOWN]
+      if real.size:
+        return {name: np.asarray(leaf)[real] for name, leaf in batch.items()}
+  raise InputError("all examples of an evaluator are damaged.")
