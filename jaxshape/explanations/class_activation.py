@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxshape.typing import Array, ArrayLike, Float, Int, typed
+from jaxshape.typing import Array, ArrayLike, Bool, Float, Int, Num, typed
 
 
 @typed
@@ -67,6 +67,47 @@ def cam(
   """
   weights = jnp.asarray(kernel)[:, jnp.asarray(class_index)]
   return jnp.einsum("bhwk,kb->bhw", jnp.asarray(features), weights)
+
+
+@typed
+def pseudo_labels(
+  maps: Float[ArrayLike, "*batch height width classes"],
+  present: Num[ArrayLike, "*batch classes"] | Bool[ArrayLike, "*batch classes"],
+  *,
+  threshold: float = 0.15,
+) -> Int[Array, "*batch height width"]:
+  """Names every pixel by the strongest of the classes that the image shows.
+
+  argmax_k M_k(x) / max_y M_k(y) over the classes k that are there, where this
+  share is the threshold or more; the background elsewhere.
+
+  Args:
+    maps: M, as from `cam`, one per class, at the size of the answer. What is
+      negative counts as 0, and a map that is never positive as 0 everywhere.
+    present: Above 0 where the image is known to show the class.
+    threshold: Share of a map's maximum, above 0 and at most 1.
+
+  Returns:
+    0 for the background, and k + 1 for class k.
+
+  Raises:
+    ValueError: The threshold is outside its range.
+
+  Reference:
+    Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR
+    2016, Sec. 3.2 (a share of the maximum); Islam et al., "Maximizing Mutual
+    Shape Information", BMVC 2022, Sec. 4.4 (one label per pixel).
+  """
+  if not 0.0 < threshold <= 1.0:
+    raise ValueError(
+      f"threshold must be above 0 and at most 1, got {threshold}."
+    )
+  maps = jax.nn.relu(jnp.asarray(maps, jnp.float32))
+  top = jnp.max(maps, axis=(-3, -2), keepdims=True)
+  shown = (jnp.asarray(present) > 0)[..., None, None, :]
+  shares = jnp.where(shown & (top > 0), maps / jnp.where(top > 0, top, 1), 0)
+  best = jnp.argmax(shares, axis=-1) + 1
+  return jnp.where(jnp.max(shares, axis=-1) >= threshold, best, 0)
 
 
 @typed

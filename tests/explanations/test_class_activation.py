@@ -100,3 +100,35 @@ def test_explanations_refuse():
     class_activation.spread(maps, threshold=1.0)
   with pytest.raises(ValueError, match="height and width must be 1 or more"):
     class_activation.resize(maps, height=0, width=3)
+
+
+def test_pseudo_labels_transcribed():
+  maps = RNG.normal(size=(2, 5, 6, 4)).astype(np.float32)
+  maps[1, ..., 2] = -1  # Never positive.
+  present = np.array([[1, 0, 1, 1], [0, 1, 1, -1]], np.float32)
+  got = np.asarray(class_activation.pseudo_labels(maps, present, threshold=0.4))
+  assert set(got.ravel()) == {0, 1, 2, 3, 4}
+  for b in range(2):
+    for y in range(5):
+      for x in range(6):
+        shares = {
+          k: maps[b, y, x, k] / maps[b, ..., k].max()
+          for k in range(4)
+          if present[b, k] > 0 and maps[b, ..., k].max() > 0
+        }
+        best = max(shares, key=shares.__getitem__)
+        assert got[b, y, x] == (best + 1 if shares[best] >= 0.4 else 0)
+
+
+def test_pseudo_labels_do_not_depend_on_scale_and_follow_jit_and_vmap():
+  maps = RNG.normal(size=(3, 5, 6, 4)).astype(np.float32)
+  present = np.array([[1, 0, 1, 1]] * 3)
+  f = class_activation.pseudo_labels
+  want = f(maps, present)
+  np.testing.assert_array_equal(f(maps * [1, 2, 4, 8], present), want)
+  np.testing.assert_array_equal(jax.jit(f)(maps, present), want)
+  np.testing.assert_array_equal(jax.vmap(f)(maps, present), want)
+  assert not np.any(f(maps, np.zeros((3, 4))))
+  for threshold in (0.0, 1.1):
+    with pytest.raises(ValueError, match="threshold must be above 0 and at"):
+      f(maps, present, threshold=threshold)
