@@ -8,8 +8,14 @@ Tiny-ImageNet-C) have milder ones of their own.
 The published pictures were truncated to uint8 and stored as JPEG afterwards,
 which changes what networks make of them: compare only numbers that were both
 computed this way. Each function draws anew for every image of a batch, and the
-severities are not equally far apart: `saturate` fades colours at 1 and 2 and
-deepens them from 3 on.
+severities are neither equally far apart nor always further: `saturate` fades
+colours at 1 and 2 and deepens them from 3 on, `elastic_transform` moves the
+whole image at 1 and 2, `fog` gets thicker and less smooth, and `spatter` is
+water up to 3 and mud from 4 on.
+
+`IMAGENET_C` are the fifteen that the benchmark averages, in its order, and
+`EXTRA` its four for validation. What moves pixels is in `distortion`, what
+falls on the lens in `weather`.
 
 Reference for all: Hendrycks and Dietterich, "Benchmarking Neural Network
 Robustness to Common Corruptions and Perturbations", ICLR 2019, Section 4.1;
@@ -26,17 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxshape import images
-from jaxshape.filters import blur
+from jaxshape.filters import blur, distortion, jpeg, severities, weather
 from jaxshape.typing import Array, ArrayLike, Float, Key, Num, typed
 
 Rgb = Num[ArrayLike, "*batch height width 3"]
 Corrupted = Float[Array, "*batch height width 3"]
-
-
-def _parameter(severity: int, values: tuple[Any, ...]) -> Any:
-  if severity not in (1, 2, 3, 4, 5):
-    raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity}.")
-  return values[severity - 1]
 
 
 def _unit(image: Any) -> jax.Array:
@@ -154,7 +154,7 @@ def gaussian_noise(
   Reference:
     Hendrycks and Dietterich 2019, "Gaussian noise".
   """
-  c = _parameter(severity, (0.08, 0.12, 0.18, 0.26, 0.38))
+  c = severities.pick(severity, (0.08, 0.12, 0.18, 0.26, 0.38))
   return _gaussian_noise(key, image, c)
 
 
@@ -173,7 +173,7 @@ def shot_noise(key: Key[Array, ""], image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Shot noise".
   """
-  c = _parameter(severity, (60, 25, 12, 5, 3))
+  c = severities.pick(severity, (60, 25, 12, 5, 3))
   return _shot_noise(key, image, c)
 
 
@@ -194,7 +194,7 @@ def impulse_noise(
   Reference:
     Hendrycks and Dietterich 2019, "Impulse noise".
   """
-  share = _parameter(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
+  share = severities.pick(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
   return _impulse_noise(key, image, share)
 
 
@@ -215,7 +215,7 @@ def speckle_noise(
   Reference:
     Hendrycks and Dietterich 2019, "Speckle noise" (an extra corruption).
   """
-  c = _parameter(severity, (0.15, 0.2, 0.35, 0.45, 0.6))
+  c = severities.pick(severity, (0.15, 0.2, 0.35, 0.45, 0.6))
   return _speckle_noise(key, image, c)
 
 
@@ -233,7 +233,7 @@ def gaussian_blur(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Gaussian blur" (an extra corruption).
   """
-  sigma = _parameter(severity, (1, 2, 3, 4, 6))
+  sigma = severities.pick(severity, (1, 2, 3, 4, 6))
   x = images.as_float32(image)
   return blur.gaussian(x, sigma=sigma, border="edge")
 
@@ -269,7 +269,7 @@ def defocus_blur(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Defocus blur".
   """
-  radius, softness = _parameter(
+  radius, softness = severities.pick(
     severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
   )
   return _spread(image, _disk(radius, softness))
@@ -289,7 +289,7 @@ def contrast(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Contrast".
   """
-  c = _parameter(severity, (0.4, 0.3, 0.2, 0.1, 0.05))
+  c = severities.pick(severity, (0.4, 0.3, 0.2, 0.1, 0.05))
   return _contrast(image, c)
 
 
@@ -307,7 +307,7 @@ def brightness(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Brightness".
   """
-  c = _parameter(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
+  c = severities.pick(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
   return _brightness(image, c)
 
 
@@ -325,7 +325,7 @@ def saturate(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Saturate" (an extra corruption).
   """
-  a, b = _parameter(
+  a, b = severities.pick(
     severity, ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2))
   )
   return _saturate(image, a, b)
@@ -345,7 +345,7 @@ def pixelate(image: Rgb, *, severity: int) -> Corrupted:
   Reference:
     Hendrycks and Dietterich 2019, "Pixelate".
   """
-  share = _parameter(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
+  share = severities.pick(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
   height, width = np.shape(image)[-3:-1]
   matrices = _pixelation(height, share), _pixelation(width, share)
   return _by_matrices(image, *matrices)
@@ -370,21 +370,67 @@ def _pixelation(size: int, share: float) -> np.ndarray:
   return there_and_back.astype(np.float32)
 
 
+@typed
+def jpeg_compression(image: Rgb, *, severity: int) -> Corrupted:
+  """Gives what is left of an image in a small JPEG file: `jpeg.compress`.
+
+  Args:
+    image: Values in 0..255, rounded first.
+    severity: 1 to 5; the quality is 25, 18, 15, 10, 7.
+
+  Returns:
+    The image as it is decoded.
+
+  Reference:
+    Hendrycks and Dietterich 2019, "JPEG".
+  """
+  quality = severities.pick(severity, (25, 18, 15, 10, 7))
+  return jpeg.compress(image, quality=quality)
+
+
+IMAGENET_C = (
+  "gaussian_noise",
+  "shot_noise",
+  "impulse_noise",
+  "defocus_blur",
+  "glass_blur",
+  "motion_blur",
+  "zoom_blur",
+  "snow",
+  "frost",
+  "fog",
+  "brightness",
+  "contrast",
+  "elastic_transform",
+  "pixelate",
+  "jpeg_compression",
+)
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+NAMES = (*IMAGENET_C, *EXTRA)
+
 _DRAWN: dict[str, Callable[..., Corrupted]] = {
   "gaussian_noise": gaussian_noise,
   "shot_noise": shot_noise,
   "impulse_noise": impulse_noise,
+  "glass_blur": distortion.glass_blur,
+  "motion_blur": distortion.motion_blur,
+  "snow": weather.snow,
+  "frost": weather.frost,
+  "fog": weather.fog,
+  "elastic_transform": distortion.elastic_transform,
   "speckle_noise": speckle_noise,
+  "spatter": weather.spatter,
 }
 _FIXED: dict[str, Callable[..., Corrupted]] = {
-  "gaussian_blur": gaussian_blur,
   "defocus_blur": defocus_blur,
-  "contrast": contrast,
+  "zoom_blur": distortion.zoom_blur,
   "brightness": brightness,
-  "saturate": saturate,
+  "contrast": contrast,
   "pixelate": pixelate,
+  "jpeg_compression": jpeg_compression,
+  "gaussian_blur": gaussian_blur,
+  "saturate": saturate,
 }
-NAMES = (*_DRAWN, *_FIXED)
 
 
 @typed
