@@ -10,21 +10,16 @@ does nothing else.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-import datetime
-import json
-import os
-import pathlib
 import sys
 from typing import Any
 
 import jax
 
+from benchmarks import command as line
 from benchmarks.filters import Case, report, step, timing
 from benchmarks.filters.cases import CASES
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results" / "filters"
-# What is not the whole table does not overwrite the one in the repository.
-PART = pathlib.Path("runs/benchmarks/filters")
+RESULTS, PART = line.places("filters")
 
 
 def measure(
@@ -62,7 +57,7 @@ def measure(
     row.temporary_mb = memory.temp_size_in_bytes / 1e6
     result = timing.values(ours())
   except Exception as error:
-    row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    row.error = line.wrong(error)
     return row
   seconds, row.limit_by = timing.limit(setup.work, rates)
   row.limit_ms = 1e3 * seconds / count
@@ -87,7 +82,7 @@ def run(
 ) -> Mapping[str, Any]:
   """Measures everything; what `report.markdown` and `report.data` take."""
   size, least = (96, 1e-3) if quick else (224, timing.LEAST)
-  busy = os.getloadavg()[0]
+  busy = line.load()
   rates = timing.measure_rates(quick=quick)
   rows = []
   for case in cases:
@@ -96,17 +91,7 @@ def run(
         case, count, rates=rates, rounds=rounds, size=size, least=least
       )
       rows.append(row)
-      print(
-        f"{row.case}, {count}: "
-        + (f"{row.ms:.3g} ms" if row.ms else "")
-        + "".join(
-          f"  {name} x{peer.ratio:.2g}"
-          for name, peer in row.peers.items()
-          if peer.ratio is not None
-        )
-        + "".join(f"  FAILED {text}" for text in row.failures),
-        flush=True,
-      )
+      line.show(row, label=f"{row.case}, {count}")
   share = step.measure(rounds=min(rounds, 5)) if with_step else None
   return {
     "rows": rows,
@@ -119,55 +104,32 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; gives the exit status."""
-  names = sorted({case.name.split()[0] for case in CASES})
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.filters",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  given = line.read(
+    arguments,
+    name="filters",
+    doc=__doc__,
+    names=sorted(case.name.split()[0] for case in CASES),
+    tiny="images",
+    rounds=9,
+    flag="filters",
+    more={
+      "--step": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "the training step too; done if everything is measured",
+      }
+    },
   )
-  parser.add_argument(
-    "--filters", default="", help=f"some of {', '.join(names)}; all if left out"
-  )
-  parser.add_argument("--rounds", type=int, help="9, or 2 with --quick")
-  parser.add_argument(
-    "--output", type=pathlib.Path, help="where the files' names begin"
-  )
-  parser.add_argument(
-    "--quick", action="store_true", help="tiny images: does it run?"
-  )
-  parser.add_argument(
-    "--step",
-    action=argparse.BooleanOptionalAction,
-    help="the training step too; done if everything is measured",
-  )
-  given = parser.parse_args(arguments)
-  chosen = [name for name in given.filters.split(",") if name]
-  if unknown := sorted(set(chosen) - set(names)):
-    parser.error(f"no filters {', '.join(unknown)}; there are: {names}")
-  if given.rounds is not None and given.rounds < 1:
-    parser.error(f"--rounds must be at least 1, got {given.rounds}.")
-  whole = not chosen and not given.quick
-  words = sys.argv[1:] if arguments is None else arguments
+  with_step = given.options.step
   measured = run(
-    [c for c in CASES if not chosen or c.name.split()[0] in chosen],
-    rounds=given.rounds or (2 if given.quick else 9),
+    [case for case in CASES if given.takes(case.name)],
+    rounds=given.rounds,
     quick=given.quick,
-    with_step=whole if given.step is None else given.step,
+    with_step=given.whole if with_step is None else with_step,
   )
-  about: dict[str, Any] = {
-    "command": " ".join(["python -m benchmarks.filters", *words]),
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    **measured,
-  }
-  text = report.markdown(**about)
-  output = given.output or (RESULTS if whole else PART)
-  name = f"{output.name}-{report.slug(report.device())}"
-  output.parent.mkdir(parents=True, exist_ok=True)
-  (output.parent / f"{name}.md").write_text(text, encoding="utf-8")
-  lines = json.dumps(report.data(**about), indent=1, ensure_ascii=False) + "\n"
-  (output.parent / f"{name}.json").write_text(lines, encoding="utf-8")
-  print("\n" + text)
-  return int(any(row.failures for row in measured["rows"]))
+  about: dict[str, Any] = {**given.about, **measured}
+  page, numbers = report.markdown(**about), report.data(**about)
+  rows = measured["rows"]
+  return line.write(given, page, numbers, rows, whole=RESULTS, part=PART)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,17 @@ else.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-import dataclasses
-import datetime
-import json
-import os
-import pathlib
+from collections.abc import Sequence
 import sys
-import time
-from typing import Any
 
 import jax
 
+from benchmarks import command as line
 from benchmarks.filters import report, timing
 from benchmarks.lidar import QUICK, Case, Size, difference, memory, values
 from benchmarks.lidar.cases import CASES
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results" / "lidar"
-# What is not the whole table does not overwrite the one in the repository.
-PART = pathlib.Path("runs/benchmarks/lidar")
+RESULTS, PART = line.places("lidar")
 
 
 def measure(
@@ -51,34 +43,17 @@ def measure(
     The row of the tables.
   """
   row = report.Row(case.name, 1)
-  try:
-    setup = case.build(size)
-    arrays = jax.device_put(setup.arguments)
-    jax.clear_caches()
-    began = time.perf_counter()
-    compiled = jax.jit(setup.ours).lower(*arrays).compile()
-    ours = lambda: compiled(*arrays)
-    timing.wait(ours())
-    row.first_call_s = time.perf_counter() - began
-    used: Any = compiled.memory_analysis()
-    row.temporary_mb = used.temp_size_in_bytes / 1e6
-    result = values(setup.read(ours()))
-  except Exception as error:
-    row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-    return row
-  row.goals, calls = setup.goals, {"": ours}
-  for name, peer in setup.peers.items():
-    row.peers[name], call = report.compared(
-      peer, lambda raw: difference(result, values(setup.read(raw)))
-    )
-    if call is not None:
-      calls[name] = call
-  row.put_times(timing.interleaved(calls, rounds=rounds, least=least))
-  for name in calls:
-    if with_memory and name.endswith("torch"):
-      row.peers[name].temporary_mb = memory.measure(
-        case.name, name, quick=size == QUICK
-      )
+  line.measure(
+    row,
+    lambda: case.build(size),
+    values,
+    difference,
+    rounds=rounds,
+    least=least,
+  )
+  for name, peer in row.peers.items():
+    if with_memory and name.endswith("torch") and peer.ms is not None:
+      peer.temporary_mb = memory.measure(case.name, name, quick=size == QUICK)
   return row
 
 
@@ -94,17 +69,7 @@ def run(cases: Sequence[Case], *, rounds: int, quick: bool) -> list[report.Row]:
       with_memory=not quick,
     )
     rows.append(row)
-    print(
-      f"{row.case}: "
-      + (f"{row.ms:.3g} ms" if row.ms else "")
-      + "".join(
-        f"  {name} x{peer.ratio:.2g}"
-        for name, peer in row.peers.items()
-        if peer.ratio is not None
-      )
-      + "".join(f"  FAILED {text}" for text in row.failures),
-      flush=True,
-    )
+    line.show(row)
   return rows
 
 
@@ -128,7 +93,7 @@ def markdown(
   Returns:
     GitHub's Markdown.
   """
-  columns = list(dict.fromkeys(name for row in rows for name in row.peers))
+  columns = line.columns(rows)
   fast = [
     [
       row.case, report.spell(row.ms),
@@ -147,19 +112,16 @@ def markdown(
     ]
     for row in rows
   ]  # fmt: skip
-  wrong = [f"- {row.case}: {text}" for row in rows for text in row.failures]
   versions = report.versions()
-  there = {k: versions[k] for k in _LIBRARIES if k in versions}
   lines = [
-    "# LiDAR segmentation against its peers",
-    "",
-    f"`{command}`",
-    "",
-    f"{report.device()}; "
-    + ", ".join(f"{k} {v}" for k, v in there.items())
-    + f"; {date}; load at the start {busy:.1f}.",
-    "",
-    *(["**Failed:**", "", *wrong, ""] if wrong else []),
+    *line.head(
+      rows,
+      title="LiDAR segmentation against its peers",
+      command=command,
+      versions={k: versions[k] for k in _LIBRARIES if k in versions},
+      date=date,
+      busy=busy,
+    ),
     f"One scan of {size.points:,} points, range images of {size.height} x "
     f"{size.width} (blocks: {size.height} x {size.block}, 32 channels), "
     "float32. `ms` is the minimum over rounds. Each peer's column holds our "
@@ -189,26 +151,7 @@ def markdown(
 _LIBRARIES = ("Python", "jax", "jaxlib", "numpy", "torch")
 
 
-def data(
-  rows: Sequence[report.Row],
-  *,
-  command: str,
-  date: str,
-  busy: float,
-  size: Size,
-) -> Mapping[str, Any]:
-  """The same for programs; numbers that are not finite become None."""
-  return report.finite(
-    {
-      "command": command,
-      "device": report.device(),
-      "versions": report.versions(),
-      "date": date,
-      "load_at_start": busy,
-      "size": size._asdict(),
-      "rows": [dataclasses.asdict(row) for row in rows],
-    }
-  )
+data = line.data
 
 
 def _theirs(row: report.Row) -> float | None:
@@ -223,62 +166,32 @@ def _by(ours: float | None, theirs: float | None) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; gives the exit status."""
-  names = list(dict.fromkeys(case.name.split()[0] for case in CASES))
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.lidar",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  hidden = {"default": "", "help": argparse.SUPPRESS}
+  given = line.read(
+    arguments,
+    name="lidar",
+    doc=__doc__,
+    names=(case.name for case in CASES),
+    tiny="images",
+    more={"--memory": hidden, "--peer": hidden},
   )
-  parser.add_argument(
-    "--cases", default="", help=f"some of {', '.join(names)}; all if left out"
-  )
-  parser.add_argument("--rounds", type=int, help="7, or 2 with --quick")
-  parser.add_argument(
-    "--output", type=pathlib.Path, help="where the files' names begin"
-  )
-  parser.add_argument(
-    "--quick", action="store_true", help="tiny images: does it run?"
-  )
-  parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
-  parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
-  given = parser.parse_args(arguments)
   size = QUICK if given.quick else Size()
-  if given.memory:  # Of `memory.measure`.
-    (case,) = [case for case in CASES if case.name == given.memory]
-    print(memory.of_call(case.build(size).peers[given.peer]))
+  if given.options.memory:  # Of `memory.measure`.
+    (case,) = [case for case in CASES if case.name == given.options.memory]
+    print(memory.of_call(case.build(size).peers[given.options.peer]))
     return 0
-  chosen = [name for name in given.cases.split(",") if name]
-  if unknown := sorted(set(chosen) - set(names)):
-    parser.error(f"no cases {', '.join(unknown)}; there are: {names}")
-  if given.rounds is not None and given.rounds < 1:
-    parser.error(f"--rounds must be at least 1, got {given.rounds}.")
-  whole = not chosen and not given.quick
-  words = sys.argv[1:] if arguments is None else arguments
-  about: dict[str, Any] = {
-    "command": " ".join(["python -m benchmarks.lidar", *words]),
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "busy": os.getloadavg()[0],
-    "size": size,
-  }
+  about = {**given.about, "busy": line.load(), "size": size}
   rows = run(
     [
       case
       for case in CASES
-      if (not chosen or case.name.split()[0] in chosen)
-      and (case.quick or not given.quick)
+      if given.takes(case.name) and (case.quick or not given.quick)
     ],
-    rounds=given.rounds or (2 if given.quick else 7),
+    rounds=given.rounds,
     quick=given.quick,
   )
-  text = markdown(rows, **about)
-  output = given.output or (RESULTS if whole else PART)
-  name = f"{output.name}-{report.slug(report.device())}"
-  output.parent.mkdir(parents=True, exist_ok=True)
-  (output.parent / f"{name}.md").write_text(text, encoding="utf-8")
-  lines = json.dumps(data(rows, **about), indent=1, ensure_ascii=False) + "\n"
-  (output.parent / f"{name}.json").write_text(lines, encoding="utf-8")
-  print("\n" + text)
-  return int(any(row.failures for row in rows))
+  page, numbers = markdown(rows, **about), data(rows, **about)
+  return line.write(given, page, numbers, rows, whole=RESULTS, part=PART)
 
 
 if __name__ == "__main__":

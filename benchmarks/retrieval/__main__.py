@@ -8,28 +8,22 @@ result differs from that of a peer. Ratios are worth something on a machine that
 does nothing else; the whole takes 10 GB and some minutes.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
-import datetime
 import gc
 import importlib.metadata
-import json
-import os
-import pathlib
 import sys
 import time
 from typing import Any
 
 import jax
 
+from benchmarks import command as line
 from benchmarks.filters import report, timing
 from benchmarks.retrieval import QUICK, Case, Size, difference, recall, values
 from benchmarks.retrieval.cases import CASES, forget
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results" / "retrieval"
-# What is not the whole table does not overwrite the one in the repository.
-PART = pathlib.Path("runs/benchmarks/retrieval")
+RESULTS, PART = line.places("retrieval")
 LIBRARIES = ("Python", "jax", "jaxlib", "numpy", "torch")
 
 
@@ -67,16 +61,11 @@ def measure(
     if setup.exact is not None:
       row.recall = recall(result, setup.exact())
   except Exception as error:
-    row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    row.error = line.wrong(error)
     return row
-  row.goals, calls = setup.goals, {"": setup.ours}
-  for name, peer in setup.peers.items():
-    row.peers[name], call = report.compared(
-      peer, lambda raw: difference(result, values(raw))
-    )
-    if call is not None:
-      calls[name] = call
-  row.put_times(timing.interleaved(calls, rounds=rounds, least=least))
+  row.goals = setup.goals
+  apart = lambda raw: difference(result, values(raw))
+  line.compete(row, setup.ours, setup.peers, apart, rounds=rounds, least=least)
   return row
 
 
@@ -94,17 +83,7 @@ def run(cases: Sequence[Case], *, rounds: int, quick: bool) -> list[Row]:
     if "1,000,000" in case.name:
       forget()
     gc.collect()
-    print(
-      f"{row.case}: "
-      + (f"{row.ms:.3g} ms" if row.ms else "")
-      + "".join(
-        f"  {name} x{peer.ratio:.2g}"
-        for name, peer in row.peers.items()
-        if peer.ratio is not None
-      )
-      + "".join(f"  FAILED {text}" for text in row.failures),
-      flush=True,
-    )
+    line.show(row)
   return rows
 
 
@@ -135,7 +114,7 @@ def markdown(
   Returns:
     GitHub's Markdown.
   """
-  columns = list(dict.fromkeys(name for row in rows for name in row.peers))
+  columns = line.columns(rows)
   fast = [
     [
       row.case, report.spell(row.ms),
@@ -148,17 +127,15 @@ def markdown(
     [row.case, report.spell(row.temporary_mb), report.spell(row.first_call_s)]
     for row in rows
   ]
-  wrong = [f"- {row.case}: {text}" for row in rows for text in row.failures]
   lines = [
-    "# Search and query expansion against their peers",
-    "",
-    f"`{command}`",
-    "",
-    f"{report.device()}; "
-    + ", ".join(f"{k} {v}" for k, v in versions().items())
-    + f"; {date}; load at the start {busy:.1f}.",
-    "",
-    *(["**Failed:**", "", *wrong, ""] if wrong else []),
+    *line.head(
+      rows,
+      title="Search and query expansion against their peers",
+      command=command,
+      versions=versions(),
+      date=date,
+      busy=busy,
+    ),
     f"Searches: top {size.k} of {size.queries} queries among {size.small:,} "
     f"rows (large: {size.large:,}) of {size.dim} numbers, called without jit, "
     "with all checks. Encoder: "
@@ -185,69 +162,29 @@ def markdown(
   return "\n".join(lines)
 
 
-def data(
-  rows: Sequence[Row], *, command: str, date: str, busy: float, size: Size
-) -> Mapping[str, Any]:
-  """The same for programs; numbers that are not finite become None."""
-  return report.finite(
-    {
-      "command": command,
-      "device": report.device(),
-      "versions": versions(),
-      "date": date,
-      "load_at_start": busy,
-      "size": size._asdict(),
-      "rows": [dataclasses.asdict(row) for row in rows],
-    }
-  )
+def data(rows: Sequence[Row], **about: Any) -> Any:
+  """The same for programs."""
+  return line.data(rows, versions=versions(), **about)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; gives the exit status."""
-  names = list(dict.fromkeys(case.name.split()[0] for case in CASES))
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.retrieval",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  given = line.read(
+    arguments,
+    name="retrieval",
+    doc=__doc__,
+    names=(case.name for case in CASES),
+    tiny="databases",
   )
-  parser.add_argument(
-    "--cases", default="", help=f"some of {', '.join(names)}; all if left out"
-  )
-  parser.add_argument("--rounds", type=int, help="7, or 2 with --quick")
-  parser.add_argument(
-    "--output", type=pathlib.Path, help="where the files' names begin"
-  )
-  parser.add_argument(
-    "--quick", action="store_true", help="tiny databases: does it run?"
-  )
-  given = parser.parse_args(arguments)
-  chosen = [name for name in given.cases.split(",") if name]
-  if unknown := sorted(set(chosen) - set(names)):
-    parser.error(f"no cases {', '.join(unknown)}; there are: {names}")
-  if given.rounds is not None and given.rounds < 1:
-    parser.error(f"--rounds must be at least 1, got {given.rounds}.")
-  whole = not chosen and not given.quick
-  words = sys.argv[1:] if arguments is None else arguments
-  about: dict[str, Any] = {
-    "command": " ".join(["python -m benchmarks.retrieval", *words]),
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "busy": os.getloadavg()[0],
-    "size": QUICK if given.quick else Size(),
-  }
+  size = QUICK if given.quick else Size()
+  about = {**given.about, "busy": line.load(), "size": size}
   rows = run(
-    [c for c in CASES if not chosen or c.name.split()[0] in chosen],
-    rounds=given.rounds or (2 if given.quick else 7),
+    [case for case in CASES if given.takes(case.name)],
+    rounds=given.rounds,
     quick=given.quick,
   )
-  text = markdown(rows, **about)
-  output = given.output or (RESULTS if whole else PART)
-  name = f"{output.name}-{report.slug(report.device())}"
-  output.parent.mkdir(parents=True, exist_ok=True)
-  (output.parent / f"{name}.md").write_text(text, encoding="utf-8")
-  lines = json.dumps(data(rows, **about), indent=1, ensure_ascii=False) + "\n"
-  (output.parent / f"{name}.json").write_text(lines, encoding="utf-8")
-  print("\n" + text)
-  return int(any(row.failures for row in rows))
+  page, numbers = markdown(rows, **about), data(rows, **about)
+  return line.write(given, page, numbers, rows, whole=RESULTS, part=PART)
 
 
 if __name__ == "__main__":
