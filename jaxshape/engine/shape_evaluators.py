@@ -151,12 +151,15 @@ def dimensionality(
   restyle = _restyler(strength)
 
   def views(batch: Batch) -> tuple[Array, Array, Array]:
-    first, second = batch["style"][:, 0], batch["style"][:, 1]
-    return (
-      restyle(batch["image"], first),
-      restyle(batch["image"], second),
-      restyle(batch["other"], first),
+    image, other = (jnp.asarray(batch[name]) for name in ("image", "other"))
+    first, second = (jnp.asarray(batch["style"])[:, i] for i in (0, 1))
+    # One call for all: a third of it to compile.
+    together = restyle(
+      jnp.concatenate([image, image, other]),
+      jnp.concatenate([first, second, first]),
     )
+    anchor, shape, texture = jnp.split(together, 3)
+    return anchor, shape, texture
 
   def step(state: TrainState, batch: Batch) -> PyTree:
     for name in ("style", "other"):
