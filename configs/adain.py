@@ -103,8 +103,8 @@ def _generated(config: Config) -> None:
   config.data.options.seed = 0
   config.style.source = "generated"
   config.style.options = ConfigDict()
-  config.style.options.count = 256
-  config.style.options.seed = 0
+  config.style.options.count = placeholder(int)
+  config.style.options.seed = placeholder(int)
   config.batch_size = 8
   config.steps = 1000
   config.save_every = 250

@@ -16,7 +16,7 @@ Table 6, from the left:
   VOC12, "freeze"         voc12_segmentation_frozen
   CAMs, mIoU              voc12_cam
 Any of them is linear with --config.head=linear, and then sees each image once
-with --config.augment="" and without random crops. Offline: `small`,
+with --config.augment={} and without random crops. Offline: `small`,
 `small_voc`, `small_segmentation`, on generated pictures.
 
 Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:

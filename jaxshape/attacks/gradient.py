@@ -341,7 +341,8 @@ def sign_ascent(
     -1, 1, 1, 1
   )
   below, above = _ball(x, per_image(epsilon), low, high)
-  gradient = _gradient(logits_fn, jnp.broadcast_to(label, leading).reshape(-1))
+  labels = jnp.broadcast_to(jnp.asarray(label, jnp.int32), leading)
+  gradient = _gradient(logits_fn, labels.reshape(-1))
   alpha = per_image(step_size) * (-1 if targeted else 1)
   mu = _values(decay)
 

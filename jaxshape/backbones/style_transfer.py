@@ -119,7 +119,7 @@ def stylizer(
 ) -> Callable[..., Array]:
   """Gives the function that restyles images 0..255 by trained networks.
 
-  stylize(content, style, *, alpha=1.0, weights=None, preserve_color=False):
+  stylize(content, style, alpha=1.0, *, weights=None, preserve_color=False):
 
   content: [*batch, height, width, 3], 0..255, or a picture of PIL, of at least
     9 x 9 pixels.
@@ -155,8 +155,8 @@ def stylizer(
     content: Num[ArrayLike, "*batch height width 3"] | images.Picture,
     style: Num[ArrayLike, "*styles style_height style_width 3"]
     | images.Picture,
-    *,
     alpha: Num[ArrayLike, "*#batch"] = 1.0,
+    *,
     weights: Any = None,
     preserve_color: bool = False,
   ) -> Float[Array, "*batch height width 3"]:

@@ -160,6 +160,15 @@ def _checked(given: Config) -> Config:
       not 0 <= bench.style_strength <= 1,
       f"style_strength must be in 0..1, got {bench.style_strength}.",
     ),
+    # Also of a kind that is off: it may be meant to be on.
+    *(
+      (
+        not all(0 < epsilon <= 255 for epsilon in attacks[name]),
+        f"attacks.{name} must be above 0 and at most 255, in grey levels, got "
+        f"{tuple(attacks[name])}.",
+      )
+      for name in ("epsilons", "white_box")
+    ),
     (
       bench.corruptions and not bench.corruption_split,
       "corruption_split must name the split of bench.corruptions, got ''.",

@@ -108,7 +108,8 @@ def cue_conflict(
   Args:
     classifier: The network.
     data: With "label", the class of the shape, and "texture", that of the
-      texture; -1 is no class.
+      texture; -1 is no class. Where one is none, no answer could name it, and
+      the image is left out as if there were no conflict.
     decide: From logits to a decision; the highest by default.
     classes: What is decided between, if not the classifier's classes.
 
@@ -146,6 +147,7 @@ def cue_conflict(
       rows["shape"],
       rows["texture"],
       num_classes=len(named),
+      mask=rows["texture"] >= 0,
     )
     return np.asarray(counts)
 

@@ -252,6 +252,7 @@ def test_bytes_and_half_floats_are_computed_in_float32():
   got = _iterative(x, LABELS, 0.2)
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(_iterative(x, np.uint8(LABELS), 0.2), want)
   x = jnp.asarray(IMAGES, jnp.bfloat16)
   got = _fgsm(x, LABELS, 0.2)
   assert got.dtype == np.float32

@@ -107,7 +107,7 @@ def test_one_style_serves_all_and_alpha_differs(stylize):
   both = stylize(content, 255 * STYLES[[0, 0]])
   np.testing.assert_allclose(got[0], both[0], atol=0.01)
   # Nothing of the style is left.
-  other = stylize(content, 255 * STYLES[1], alpha=np.array([1.0, 0.0]))
+  other = stylize(content, 255 * STYLES[1], np.array([1.0, 0.0]))
   np.testing.assert_allclose(got[1], other[1], atol=0.01)
   assert float(jnp.abs(got[0] - other[0]).max()) > 0.1
 

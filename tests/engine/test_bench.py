@@ -246,7 +246,11 @@ def test_stimuli_are_labelled_by_the_names_of_their_classes(stimuli):
     ({"stimuli_splits": ("edges",)}, "stimuli must name the data"),
     (
       {"attacks__split": "test", "attacks__white_box": (300.0,)},
-      r"epsilon.*255.*300",
+      r"config.bench.attacks.white_box .*255.*300",
+    ),
+    (
+      {"attacks__epsilons": (8.0, -1.0)},
+      r"config.bench.attacks.epsilons .*255.*-1",
     ),
     (
       {

@@ -38,7 +38,7 @@ class Source:
     self.rows["label"][2::3] = named[2::3]
     self.rows["texture"][1::6] = named[1::6]
     self.rows["texture"][6] = self.rows["label"][6]  # No conflict.
-    self.rows["texture"][9] = -1  # No texture.
+    self.rows["texture"][9] = -1  # No class, where the shape is named.
     self.rows["mask"][[3, 10]] = 0  # What stands in for a damaged image.
 
   def __len__(self):
@@ -134,7 +134,7 @@ def test_accuracy_row_by_row(batch_size):
 def test_cue_conflict_row_by_row(batch_size):
   shape = texture = conflicts = 0
   for row in SOURCE.counted():
-    if row["label"] == row["texture"]:
+    if row["label"] == row["texture"] or row["texture"] < 0:
       continue
     conflicts += 1
     named = np.argmax(_logits(row["image"][None])[0])
@@ -162,7 +162,7 @@ def test_cue_conflict_by_another_rule():
   )
   shape = texture = 0
   for row in SOURCE.counted():
-    if row["label"] != row["texture"] and row["label"] < 2:
+    if row["label"] != row["texture"] >= 0 and row["label"] < 2:
       decision = np.argmax(_logits(row["image"][None])[0]) % 2
       shape += decision == row["label"]
       texture += decision == row["texture"]
