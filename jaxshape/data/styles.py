@@ -216,7 +216,7 @@ def open_styles(
       `textures.FAMILIES` (those of training, as the others are held out);
       `seed`; `cache`, bytes of memory. Of a folder: those of `decode.Decoder`;
       `skip_damaged`, whether the next intact image stands in for a damaged one
-      (yes); `cache`. Of other kinds: their own.
+      (yes); `cache`. Of other kinds: their own. None is as good as nothing.
 
   Returns:
     A source (`jaxshape.data.sources.Source`).
@@ -225,6 +225,7 @@ def open_styles(
     InputError: There is no such kind or option; the folder is missing, cannot
       be read or holds no images; or the data hold no images.
   """
+  given = {name: value for name, value in given.items() if value is not None}
   kind, _, name = spec.partition(":")
   if "/" in kind or kind[:1] in ("~", "."):
     kind, name = "folder", spec

@@ -268,13 +268,12 @@ def _see(
 
 def _styles(config: Config) -> sources.Source:
   style = config.style
-  given = {k: v for k, v in style.options.items() if v is not None}
   return styles.open_styles(
     style.source,
     image_size=style.image_size or config.data.image_size,
     data_dir=style.data_dir or None,
     split=style.split,
-    **given,
+    **style.options.to_dict(),
   )
 
 

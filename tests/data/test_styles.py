@@ -252,3 +252,8 @@ def test_sizes_and_counts_that_do_not_fit_are_refused():
 
 def test_styles_do_not_count_as_a_kind_of_data():
   assert "styles" not in sources.kinds()
+
+
+def test_options_that_are_none_are_as_good_as_not_given():
+  some = styles.open_styles("generated", image_size=32, count=None, seed=None)
+  assert len(some) == len(styles.open_styles("generated", image_size=32)) > 1
