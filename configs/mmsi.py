@@ -200,8 +200,7 @@ def _generated(config: Config) -> None:
   config.std = (64.0, 64.0, 64.0)
   # With the paper's weights and one rho per image, so small a network makes all
   # images alike before it can tell them apart (benchmarks/claims/mmsi.py).
-  config.weights.mutual = 0.3
-  config.weights.stylized = 0.3
+  config.weights.mutual = 0.1
   config.mutual.axis = "batch"
   config.data.source = "textured_shapes"
   config.data.image_size = 48
