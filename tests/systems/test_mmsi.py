@@ -21,8 +21,10 @@ KEY = jax.random.key(3)
 
 
 def _config(mode="tiny", **changes):
+  """A mode, with the paper's weight and form of the loss."""
   config = configs.get_config(mode)
-  config.update_from_flattened_dict(changes)
+  paper = {"weights.mutual": 0.8, "mutual.axis": "channel"}
+  config.update_from_flattened_dict({**paper, **changes})
   return config.lock()
 
 
