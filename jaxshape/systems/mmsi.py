@@ -156,7 +156,7 @@ def make(config: Config) -> System:
       return stylizer(config.style)
 
   def views(batch: Batch) -> dict[str, Array]:
-    images = batch["image"]
+    images = jnp.asarray(batch["image"])
     out = {ORIGINAL: images} if weights.original > 0 else {}
     if restyles:
       # One call for both styles: half of it to compile.
