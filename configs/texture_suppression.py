@@ -46,6 +46,9 @@ def get_config(mode: str = "imagenet") -> Config:
   config.mean = (123.675, 116.28, 103.53)  # Of ImageNet, 0..255.
   config.std = (58.395, 57.12, 57.375)
   config.label_smoothing = 0.0
+  # What the backbone begins with: a run's workdir, or a file of public weights
+  # (.pth, .pt, .safetensors), whose mean and std are to be given.
+  config.pretrained = ""
 
   config.suppression = ConfigDict()
   config.suppression.policy = "union"  # Sec. 3: "Anisotropic ImageNet".

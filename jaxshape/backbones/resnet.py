@@ -57,6 +57,7 @@ VARIANTS = {
   "resnet101": Variant((3, 4, 23, 3), "bottleneck", 64, "imagenet"),
   "resnet152": Variant((3, 8, 36, 3), "bottleneck", 64, "imagenet"),
 }
+HEAD = "fc"
 
 
 class Convolution(nn.Module):

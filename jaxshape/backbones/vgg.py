@@ -51,6 +51,7 @@ VARIANTS = {
   for name, blocks in _BLOCKS.items()
   for end in ("", "_bn")
 }
+HEAD = "fc8"
 # Up to relu4_1.
 _ENCODER = (2, 2, 4, 1)
 # A reflection needs two pixels, also where an eighth of them are left.

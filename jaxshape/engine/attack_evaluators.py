@@ -20,7 +20,14 @@ import numpy as np
 
 from jaxshape import system as system_lib
 from jaxshape.attacks import gradient
-from jaxshape.engine import classifiers, command, evaluators, report, runtime
+from jaxshape.engine import (
+  classifiers,
+  command,
+  comparison,
+  evaluators,
+  report,
+  runtime,
+)
 from jaxshape.errors import InputError, few, reading_config
 from jaxshape.metrics import classification
 from jaxshape.system import Evaluator, TrainState
@@ -188,26 +195,38 @@ def attacked(
     names = [CLEAN, *(metric(*pair) for pair in cases.pairs)]
     return dict(zip(names, cases.accuracies(outputs), strict=True))
 
+  def plots(outputs: Sequence[PyTree]) -> Mapping[str, comparison.Plot]:
+    numbers = summarize(outputs)
+    order = sorted(set(epsilons))
+    return {
+      name: comparison.Plot(
+        "lines",
+        (0.0, *order),
+        [numbers[m] for m in (CLEAN, *(metric(name, e) for e in order))],
+        place="epsilon (grey levels)",
+        value="accuracy",
+      )
+      for name in attacks
+    }
+
   def pictures(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
-    out = {"accuracy": _curves(cases.accuracies(outputs), attacks, epsilons)}
-    with contextlib.closing(data()) as stream:
-      batch = next(stream)
-    real = np.flatnonzero(batch["mask"])[:shown]
-    if real.size:
-      rows = {name: np.asarray(batch[name])[real] for name in _READ}
-      made_on = classifier.logits, state
-      if transfer is not None:
-        found, _ = transfer.open()
-        made_on = found.logits, runtime.local(found.state)
-      made = cases.strongest(*made_on, rows)
-      name = jax.jit(lambda s, x: jnp.argmax(classifier.logits(s, x), axis=-1))
-      named = {attack: np.asarray(name(state, x)) for attack, x in made.items()}
-      out["images"] = _sheet(rows, made, named, classifier.classes)
-    return out
+    first = evaluators.first_rows(data, most=shown)
+    rows = {name: first[name] for name in _READ}
+    made_on = classifier.logits, state
+    if transfer is not None:
+      found, _ = transfer.open()
+      made_on = found.logits, runtime.local(found.state)
+    made = cases.strongest(*made_on, rows)
+    name = jax.jit(lambda s, x: jnp.argmax(classifier.logits(s, x), axis=-1))
+    named = {attack: np.asarray(name(state, x)) for attack, x in made.items()}
+    return {
+      "accuracy": comparison.draw(plots(outputs)),
+      "images": _sheet(rows, made, named, classifier.classes),
+    }
 
-  return Evaluator(batches, step, summarize, pictures)
+  return Evaluator(batches, step, summarize, pictures, plots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +259,7 @@ class _Cases:
     iterations, parts, decay, random = jnp.asarray(recipes)[case]
     epsilon = jnp.asarray([0, *(e for _, e in self.pairs)], jnp.float32)[case]
     images = jnp.asarray(batch["image"], jnp.float32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.key(self.seed), jnp.asarray(batch["index"])
-    )
+    keys = evaluators.keys_of(self.seed, batch)
     draw = lambda key: jax.random.uniform(key, images.shape[1:], minval=-1.0)
     return gradient.sign_ascent(
       lambda x: logits_fn(state, x),
@@ -346,27 +363,6 @@ def _check_classes(
     f"apart and the network that is evaluated {len(ours)}; they have to be "
     f"the same ones, and differ in {few(differ)}."
   )
-
-
-def _curves(
-  accuracies: Sequence[float],
-  attacks: Sequence[str],
-  epsilons: Sequence[float],
-) -> Figure:
-  figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-  axes = figure.subplots()
-  clean, *rest = accuracies
-  order = np.argsort(epsilons)
-  x = [0.0, *np.asarray(epsilons, float)[order]]
-  for name, row in zip(
-    attacks, np.reshape(rest, (len(attacks), -1)), strict=True
-  ):
-    axes.plot(x, [clean, *row[order]], marker="o", label=name)
-  axes.set_ylim(0, 1)
-  axes.set_xlabel("epsilon, of 0..255")
-  axes.set_ylabel("top-1")
-  axes.legend(fontsize=7)
-  return figure
 
 
 def _sheet(

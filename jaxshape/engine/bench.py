@@ -12,7 +12,6 @@ Reference:
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 from typing import Any
 
@@ -25,14 +24,13 @@ from jaxshape.data import sources, stream, styles
 from jaxshape.engine import (
   attack_evaluators,
   classifiers,
-  comparison,
   shape_evaluators,
 )
 from jaxshape.engine import evaluators as image_evaluators
 from jaxshape.errors import InputError, few
 from jaxshape.metrics import categories
 from jaxshape.system import Evaluator, TrainState
-from jaxshape.typing import Array, Config, PyTree
+from jaxshape.typing import Array, Config
 
 Classifier = image_evaluators.Classifier
 RULES = ("", "imagenet")
@@ -312,44 +310,15 @@ def _attacks(
   if attacks.white_box:
     kinds["white_box"] = attacks.white_box, None
   return {
-    name: _with_curves(
-      attack_evaluators.attacked(
-        classifier,
-        splits.batches(attacks.split, most=attacks.examples),
-        attacks=attacks.names,
-        epsilons=epsilons,
-        surrogate=surrogate,
-      ),
-      attacks.names,
-      epsilons,
+    name: attack_evaluators.attacked(
+      classifier,
+      splits.batches(attacks.split, most=attacks.examples),
+      attacks=attacks.names,
+      epsilons=epsilons,
+      surrogate=surrogate,
     )
     for name, (epsilons, surrogate) in kinds.items()
   }
-
-
-def _with_curves(
-  evaluator: Evaluator, names: Sequence[str], epsilons: Sequence[float]
-) -> Evaluator:
-  """An evaluator of attacks whose runs are drawn together, by attack."""
-
-  def plots(outputs: Sequence[PyTree]) -> dict[str, comparison.Plot]:
-    numbers = evaluator.summarize(outputs)
-    order = sorted(set(epsilons))
-    metrics = {
-      name: [attack_evaluators.metric(name, e) for e in order] for name in names
-    }
-    return {
-      name: comparison.Plot(
-        "lines",
-        (0.0, *order),
-        [numbers[m] for m in (attack_evaluators.CLEAN, *metrics[name])],
-        place="epsilon (grey levels)",
-        value="accuracy",
-      )
-      for name in names
-    }
-
-  return dataclasses.replace(evaluator, plots=plots)
 
 
 def categorizer(
@@ -395,6 +364,7 @@ class Categorized:
         f"{few(unknown) or 'images without classes'}."
       )
     self.source = source
+    self.files = getattr(source, "files", None)
     numbers = map(categories.CATEGORIES.index, source.classes)
     # The last is for examples without a label, -1.
     self._numbers = np.array([*numbers, -1], np.int32)
@@ -415,8 +385,6 @@ class Categorized:
 def _with_textures(source: Any, classes: Sequence[str]) -> Any:
   """A source with "texture", from the names of its files if it has none."""
   files = getattr(source, "files", None)
-  if files is None:
-    files = getattr(getattr(source, "source", None), "files", None)
   if files is None or "texture" in source[0]:
     return source  # The evaluator says what is missing.
   return shape_evaluators.Stimuli(source, files, classes)

@@ -1,28 +1,33 @@
 """What systems that classify images share: their data, network and loss.
 
 The fields of a config that are read here have the same names in all of them:
-`backbone`, `width`, `stem`, `dtype`, `mean`, `std` and `data`.
+`backbone`, `width`, `stem`, `dtype`, `mean`, `std` and `data`. The network may
+be any of `backbones.registry`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxshape.backbones import resnet
+from jaxshape.backbones import registry
 from jaxshape.data import sources, stream
-from jaxshape.engine import evaluators, steps
+from jaxshape.engine import evaluators as image_evaluators
+from jaxshape.engine import optimizers, steps
 from jaxshape.errors import InputError
 from jaxshape.layers import apply
 from jaxshape.losses import classification
-from jaxshape.system import TrainState
-from jaxshape.typing import Array, Batch, Config
+from jaxshape.system import Evaluator, System, TrainState, Weights
+from jaxshape.typing import Array, Batch, Config, PyTree
 
 DTYPES = ("float32", "bfloat16")
 # Player and collection under which such a system keeps its network.
 NET = "net"
+# From fresh parameters and collections to those that training begins with.
+Start = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def check(config: Config) -> None:
@@ -47,7 +52,7 @@ def check(config: Config) -> None:
     )
 
 
-def network(config: Config, *, num_classes: int) -> resnet.ResNet:
+def network(config: Config, *, num_classes: int) -> Any:
   """The network that a config names.
 
   Args:
@@ -58,7 +63,7 @@ def network(config: Config, *, num_classes: int) -> resnet.ResNet:
   Returns:
     The module.
   """
-  return resnet.make(
+  return registry.make(
     config.backbone,
     num_classes=num_classes,
     width=config.width or None,
@@ -67,7 +72,7 @@ def network(config: Config, *, num_classes: int) -> resnet.ResNet:
   )
 
 
-def normalizer(config: Config) -> Callable[[evaluators.Images], Array]:
+def normalizer(config: Config) -> Callable[[image_evaluators.Images], Array]:
   """What a network takes, from images 0..255: by `mean` and `std`."""
   mean = jnp.asarray(config.mean, jnp.float32)
   std = jnp.asarray(config.std, jnp.float32)
@@ -75,10 +80,10 @@ def normalizer(config: Config) -> Callable[[evaluators.Images], Array]:
 
 
 def classifier(
-  net: resnet.ResNet,
-  normalize: Callable[[evaluators.Images], Array],
+  net: Any,
+  normalize: Callable[[image_evaluators.Images], Array],
   classes: tuple[str, ...],
-) -> evaluators.Classifier:
+) -> image_evaluators.Classifier:
   """The two halves of a network, over a state that keeps it under `NET`.
 
   Args:
@@ -91,14 +96,17 @@ def classifier(
   """
 
   def half(
-    method: str, state: TrainState, value: evaluators.Images, **options: Any
+    method: str,
+    state: TrainState,
+    value: image_evaluators.Images,
+    **options: Any,
   ) -> Array:
     params = steps.evaluation_params(state)[NET]
     return apply.apply(
       net, params, state.extra[NET], value, method=method, **options
     )[0]
 
-  return evaluators.Classifier(
+  return image_evaluators.Classifier(
     features=lambda state, images: half(
       "features", state, normalize(images), train=False
     ),
@@ -127,6 +135,89 @@ def loss(logits: Array, batch: Batch, *, label_smoothing: float) -> Array:
   return classification.soft_cross_entropy(
     logits, target + label_smoothing / logits.shape[-1]
   )
+
+
+def system(
+  config: Config,
+  net: Any,
+  loss: steps.Loss,
+  *,
+  splits: "Splits",
+  evaluators: Mapping[str, Evaluator],
+  start: Start | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  examples: Callable[[sources.Source], sources.Source] = lambda source: source,
+) -> System:
+  """A system of one player that trains a network to name images.
+
+  Args:
+    config: With `accumulate`, `averaging`, `batch_size`, `data`, `optimizer`
+      and `seed`, besides those of this module.
+    net: From `network`.
+    loss: Of the player, whose parameters and collections are under `NET`.
+    splits: The data.
+    evaluators: By name.
+    start: Makes of fresh parameters and collections those to begin with.
+    optimizer: The config's by default.
+    examples: What is trained with instead of the examples of the split.
+
+  Returns:
+    The system; its weights have the names of the backbone's public code.
+  """
+  averaging = config.averaging or None
+  chosen = optimizers.make(config.optimizer) if optimizer is None else optimizer
+  players = {NET: steps.Player(loss, chosen)}
+  size = config.data.image_size
+  images = classifier(net, normalizer(config), splits.classes)
+
+  def init(key: Array) -> TrainState:
+    blank = jnp.zeros((1, size, size, 3))
+    params, collections = apply.init(net, key, blank, train=False)
+    if start is not None:
+      params, collections = start(params, collections)
+    return steps.initial_state(
+      players, {NET: params}, {NET: collections}, averaging=averaging
+    )
+
+  def predict(state: TrainState, batch: Batch) -> PyTree:
+    return images.logits(state, jnp.asarray(batch["image"]))
+
+  def train_data(step: int) -> Iterator[Batch]:
+    return stream.train(
+      examples(splits.open(config.data.train_split)),
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=step,
+      workers=config.data.workers,
+    )
+
+  return System(
+    init=init,
+    train_step=steps.take_turns(
+      players, accumulate=config.accumulate, averaging=averaging
+    ),
+    predict=predict,
+    train_data=train_data,
+    evaluators=evaluators,
+    weights=_weights(config, net),
+  )
+
+
+def _weights(config: Config, net: Any) -> Weights:
+  """Under the names of the backbone's public code."""
+  backbone = registry.find(config.backbone)
+
+  def load(state: TrainState, tensors: Mapping[str, np.ndarray]) -> TrainState:
+    params, collections = backbone.from_state_dict(net, tensors)
+    return state.replace(
+      params={**state.params, NET: params},
+      extra={**state.extra, NET: collections},
+    )
+
+  def save(state: TrainState) -> dict[str, Any]:
+    return backbone.to_state_dict(net, state.params[NET], state.extra[NET])
+
+  return Weights(load, save)
 
 
 class Splits:
@@ -165,13 +256,16 @@ class Splits:
       )
     self.classes = tuple(classes)
 
-  def open(self, split: str, *, checked: bool = True) -> sources.Source:
+  def open(
+    self, split: str, *, checked: bool = True, **changed: Any
+  ) -> sources.Source:
     """Opens a split anew.
 
     Args:
       split: Its name.
       checked: Whether labels that mean something else than in training are
         refused.
+      **changed: Options of the data that differ from the config's.
 
     Returns:
       The source.
@@ -185,7 +279,7 @@ class Splits:
       split=split,
       image_size=data.image_size,
       data_dir=data.data_dir or None,
-      **data.options.to_dict(),
+      **{**data.options.to_dict(), **changed},
     )
     if checked and tuple(source.classes) != self.classes:
       differ = sorted(set(source.classes) ^ set(self.classes))
@@ -214,7 +308,7 @@ class Splits:
     drawn = np.random.default_rng(0).permutation(len(source))[:most]
     return sources.Subset(source, np.sort(drawn))
 
-  def batches(self, split: str, *, most: int = 0) -> evaluators.Data:
+  def batches(self, split: str, *, most: int = 0) -> image_evaluators.Data:
     """What an evaluator takes: the batches of a split, from the start.
 
     Args:

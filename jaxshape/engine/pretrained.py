@@ -1,19 +1,20 @@
 """Networks that others have trained: a run of this library, or PyTorch's file.
 
 `config.pretrained` names the workdir of a run, of any system that keeps a
-classifier under `classifiers.NET`, or a file with torchvision's names that ends
-with .pth, .pt or .safetensors; it is empty for none.
+classifier under `classifiers.NET`, or a file with the names of the backbone's
+public code that ends with .pth, .pt or .safetensors; it is empty for none.
 
 Source: torchvision's residual networks, for the names in files.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones import resnet
+from jaxshape.backbones import registry
 from jaxshape.engine import (
   checkpoints,
   classifiers,
@@ -28,7 +29,6 @@ from jaxshape.typing import Config, PyTree
 
 # What a network cannot be read without; a run's config knows it.
 ADOPTED = ("backbone", "width", "stem", "mean", "std")
-_HEAD = "fc"
 _FILES = (".pth", ".pt", ".safetensors")
 
 
@@ -44,7 +44,7 @@ def adopt(config: Config) -> Config:
   Raises:
     InputError: There is no such run, or it trained no classifier.
   """
-  if not config.pretrained or _is_file(config.pretrained):
+  if not config.get("pretrained") or _is_file(config.pretrained):
     return config
   try:
     theirs = command.read_config(config.pretrained)
@@ -65,7 +65,30 @@ def adopt(config: Config) -> Config:
   return out
 
 
-def load(config: Config, net: resnet.ResNet) -> tuple[PyTree, PyTree]:
+def start(config: Config, net: Any) -> classifiers.Start | None:
+  """What training begins with: the backbone of `load` below a fresh head.
+
+  Args:
+    config: With `pretrained`, from `adopt`.
+    net: The network that it is for.
+
+  Returns:
+    From fresh parameters and collections to those to begin with, or None where
+    `pretrained` is empty.
+  """
+  if not config.get("pretrained"):
+    return None
+  head = registry.find(config.backbone).HEAD
+
+  def taken(params: PyTree, collections: PyTree) -> tuple[PyTree, PyTree]:
+    del collections
+    backbone, statistics = jax.tree.map(jnp.asarray, load(config, net))
+    return {**backbone, head: params[head]}, statistics
+
+  return taken
+
+
+def load(config: Config, net: Any) -> tuple[PyTree, PyTree]:
   """What a trained network knows, but for its head.
 
   Args:
@@ -82,20 +105,22 @@ def load(config: Config, net: resnet.ResNet) -> tuple[PyTree, PyTree]:
   """
   if _is_file(config.pretrained):
     tensors = pytorch.load(config.pretrained)
-    return resnet.from_state_dict(net, tensors, head=False)
+    backbone = registry.find(config.backbone)
+    return backbone.from_state_dict(net, tensors, head=False)
   # Arrays that are known, also where `init` is only traced.
   with jax.ensure_compile_time_eval():
     return _of_run(config, net)
 
 
-def _of_run(config: Config, net: resnet.ResNet) -> tuple[PyTree, PyTree]:
+def _of_run(config: Config, net: Any) -> tuple[PyTree, PyTree]:
   path = config.pretrained
   image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
   params, collections = jax.eval_shape(
     lambda x: apply.init(net, jax.random.key(0), x, train=False), image
   )
   # A head of another number of classes is not even read.
-  params = {name: part for name, part in params.items() if name != _HEAD}
+  head = registry.find(config.backbone).HEAD
+  params = {name: part for name, part in params.items() if name != head}
   # No checkpoint holds a NaN, so one that stays was not there.
   blank = jax.tree.map(
     lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),

@@ -5,7 +5,6 @@ on the batch size. Images and styles are 0..255 and restyled on the device.
 """
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import dataclasses
 import functools
 import re
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
-from jaxshape.data import sources, stream
+from jaxshape.data import sources
 from jaxshape.engine import comparison, evaluators, report
 from jaxshape.errors import InputError, few
 from jaxshape.filters import stylization
@@ -55,7 +54,7 @@ def stylized(
   plain = evaluators.accuracy(classifier, data)
 
   def step(state: TrainState, batch: Batch) -> PyTree:
-    _require(batch, "style", "stylized accuracy")
+    evaluators.require(batch, "style", "stylized accuracy")
     images = restyle(batch["image"], batch["style"][:, 0])
     return plain.step(state, {**batch, "image": images})
 
@@ -63,7 +62,7 @@ def stylized(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     drawn = plain.pictures(state, outputs) if plain.pictures else {}
-    batch = _first(data)
+    batch = evaluators.first_rows(data, most=SHOWN)
     styles = batch["style"][:, 0]
     restyled = np.asarray(restyle(batch["image"], styles))
     names = ["original", "style", "restyled"]
@@ -163,7 +162,7 @@ def dimensionality(
 
   def step(state: TrainState, batch: Batch) -> PyTree:
     for name in ("style", "other"):
-      _require(batch, name, "dimensionality")
+      evaluators.require(batch, name, "dimensionality")
     latents = [
       jnp.mean(classifier.features(state, view), axis=(1, 2), dtype=jnp.float32)
       for view in views(batch)
@@ -234,7 +233,10 @@ def dimensionality(
         "by correlation": drawn["neurons by correlation"],
       }
     )
-    shown = [np.asarray(view) for view in views(_first(data))]
+    shown = [
+      np.asarray(view)
+      for view in views(evaluators.first_rows(data, most=SHOWN))
+    ]
     sheet = report.image_sheet(
       shown, row_names=["image", "same shape", "same texture"]
     )
@@ -304,21 +306,3 @@ def _restyler(strength: float) -> Any:
     )
 
   return restyle
-
-
-def _require(batch: Batch, name: str, what: str) -> None:
-  if name not in batch:
-    raise InputError(
-      f'{what} needs examples with "{name}", got {", ".join(sorted(batch))}.'
-    )
-
-
-def _first(data: evaluators.Data) -> dict[str, np.ndarray]:
-  """The first rows that are no padding."""
-  batches: stream.Batches = data()
-  with contextlib.closing(batches):
-    for batch in batches:
-      real = np.flatnonzero(batch["mask"])[:SHOWN]
-      if real.size:
-        return {name: np.asarray(leaf)[real] for name, leaf in batch.items()}
-  raise InputError("all examples of an evaluator are damaged.")

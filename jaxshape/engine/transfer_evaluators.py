@@ -6,8 +6,6 @@ the classes 0 is the background and 255 counts for nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,7 +15,6 @@ import numpy as np
 
 from jaxshape.data import voc
 from jaxshape.engine import evaluators, report
-from jaxshape.errors import InputError
 from jaxshape.explanations import class_activation
 from jaxshape.metrics import multilabel, segmentation
 from jaxshape.system import Evaluator, TrainState
@@ -26,32 +23,6 @@ from jaxshape.typing import Array, Batch, PyTree
 # (state, images 0..255 [batch, height, width, 3]) -> [batch, height, width,
 # classes].
 Segment = Callable[[TrainState, evaluators.Images], Array]
-
-
-def single_label(
-  classifier: evaluators.Classifier, data: evaluators.Data
-) -> Evaluator:
-  """The accuracy, and its mean over the classes.
-
-  `mean_class_accuracy` is what Caltech-101 is compared by, where classes have
-  from 31 to 800 images.
-
-  Reference:
-    Fei-Fei et al., "Learning Generative Visual Models from Few Training
-    Examples", CVPR Workshops 2004 (the data set).
-  """
-  plain = evaluators.accuracy(classifier, data)
-
-  def summarize(outputs: Sequence[PyTree]) -> Mapping[str, float]:
-    rows = evaluators.real_rows(outputs)
-    right = rows["top1"] > 0
-    by_class = [
-      right[rows["label"] == label].mean() for label in np.unique(rows["label"])
-    ]
-    numbers = dict(plain.summarize(outputs))
-    return {**numbers, "mean_class_accuracy": float(np.mean(by_class))}
-
-  return dataclasses.replace(plain, summarize=summarize)
 
 
 def multi_label(
@@ -69,7 +40,7 @@ def multi_label(
   """
 
   def step(state: TrainState, batch: Batch) -> PyTree:
-    _need(batch, "labels", "multi-label classification")
+    evaluators.require(batch, "labels", "multi-label classification")
     return {
       "mask": batch["mask"],
       "scores": classifier.logits(state, batch["image"]),
@@ -94,7 +65,7 @@ def multi_label(
   ) -> Mapping[str, Figure]:
     rows = evaluators.real_rows(outputs)
     each = _means(rows["scores"], rows["labels"], "voc07")
-    batch = _first(data, shown)
+    batch = evaluators.first_rows(data, most=shown)
     scores = np.asarray(jax.jit(classifier.logits)(state, batch["image"]))
     titles = [
       _naming(classifier.classes, score, label)
@@ -170,7 +141,7 @@ def pseudo_labels(
   """
 
   def predict(state: TrainState, batch: Batch) -> Array:
-    _need(batch, "labels", "labels from class activation maps")
+    evaluators.require(batch, "labels", "labels from class activation maps")
     images = jnp.asarray(batch["image"])
     height, width = images.shape[1:3]
     features = jnp.asarray(classifier.features(state, images), jnp.float32)
@@ -200,7 +171,7 @@ def _maps(
   shown: int,
 ) -> Evaluator:
   def step(state: TrainState, batch: Batch) -> PyTree:
-    _need(batch, "segmentation", "segmentation")
+    evaluators.require(batch, "segmentation", "segmentation")
     truth = jnp.asarray(batch["segmentation"])
     rows = jnp.asarray(batch["mask"])[:, None, None] > 0
     return segmentation.confusion_matrix(
@@ -232,7 +203,7 @@ def _maps(
   def pictures(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
-    batch = _first(data, shown)
+    batch = evaluators.first_rows(data, most=shown)
     said = np.asarray(jax.jit(predict)(state, batch))
     colors = voc.palette()
     sheet = report.image_sheet(
@@ -247,13 +218,6 @@ def _maps(
   return Evaluator(data, step, summarize, pictures)
 
 
-def _need(batch: Batch, key: str, what: str) -> None:
-  if key not in batch:
-    raise InputError(
-      f'{what} needs examples with "{key}", got {", ".join(sorted(batch))}.'
-    )
-
-
 def _means(scores: Any, labels: Any, style: str) -> np.ndarray:
   return np.asarray(multilabel.average_precision(scores, labels, style=style))
 
@@ -262,15 +226,6 @@ def _mean(values: np.ndarray) -> float:
   """Over what is known, NaN where nothing is."""
   known = values[~np.isnan(values)]
   return float(known.mean()) if known.size else float("nan")
-
-
-def _first(data: evaluators.Data, most: int) -> dict[str, np.ndarray]:
-  """The first few examples."""
-  batches = data()
-  with contextlib.closing(batches):
-    batch = next(batches)
-  real = np.flatnonzero(batch["mask"])[:most]
-  return {name: np.asarray(rows)[real] for name, rows in batch.items()}
 
 
 def _naming(

@@ -31,7 +31,6 @@ Reference:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import functools
 import math
 import os
@@ -224,11 +223,7 @@ def _evaluator(config: Config, split: str, losses: Any) -> Evaluator:
 
   def pictures(state: TrainState, outputs: Sequence[PyTree]) -> Mapping:
     del outputs
-    batches = data()
-    with contextlib.closing(batches):
-      batch = next(batches)
-    real = np.flatnonzero(batch["mask"])[:SHOWN]
-    shown = {k: batch[k][real] for k in ("image", "style")}
+    shown = evaluators.first_rows(data, most=SHOWN)
     content, style = (255 * _center_crop(x, crop) for x in _pair(shown))
     stylize = stylizer(params_of(state), dtype=jnp.dtype(config.dtype))
     rows = [

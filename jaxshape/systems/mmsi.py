@@ -28,7 +28,7 @@ Reference:
   Islam et al., "Maximizing Mutual Shape Information", BMVC 2022.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import functools
 import math
 from typing import NamedTuple
@@ -37,13 +37,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxshape.backbones import resnet, style_transfer
-from jaxshape.data import augment, sources, stream, styles
-from jaxshape.engine import bench, classifiers, optimizers, pytorch, steps
+from jaxshape.data import augment, sources, styles
+from jaxshape.engine import bench, classifiers, pretrained, pytorch
 from jaxshape.errors import InputError
 from jaxshape.filters import stylization
 from jaxshape.layers import apply
 from jaxshape.losses import mutual_information
-from jaxshape.system import System, TrainState
+from jaxshape.system import System
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 METHODS = ("statistics", "adain")
@@ -139,13 +139,18 @@ def stylizer(style: Config) -> Restyle:
 
 def make(config: Config) -> System:
   """The supervised system that a config describes."""
+  config = pretrained.adopt(config)
   _check(config)
   splits = classifiers.Splits(config)
   net = classifiers.network(config, num_classes=len(splits.classes))
+  if not isinstance(net, resnet.ResNet):
+    raise InputError(
+      "config.backbone must be a residual network, whose stages are compared, "
+      f"got {config.backbone!r}; there are: {', '.join(resnet.VARIANTS)}"
+    )
   stages = _stages(config, len(net.stage_sizes))
   normalize = classifiers.normalizer(config)
   augmentation = augment.make(config.augment, num_classes=len(splits.classes))
-  size = config.data.image_size
   weights = config.weights
   restyles = weights.mutual > 0 or weights.stylized > 0
 
@@ -182,47 +187,21 @@ def make(config: Config) -> System:
     total, metrics = objective(config, seen, batch)
     return total, ({**extra, classifiers.NET: collections}, metrics)
 
-  averaging = config.averaging or None
-  players = {
-    classifiers.NET: steps.Player(loss, optimizers.make(config.optimizer))
-  }
-
-  def init(key: Array) -> TrainState:
-    images = jnp.zeros((1, size, size, 3))
-    params, collections = apply.init(net, key, images, train=False)
-    return steps.initial_state(
-      players,
-      {classifiers.NET: params},
-      {classifiers.NET: collections},
-      averaging=averaging,
-    )
+  def examples(source: sources.Source) -> sources.Source:
+    if not restyles:
+      return source
+    restyle()
+    return styles.Styled(source, _styles(config), count=len(STYLIZED))
 
   classifier = classifiers.classifier(net, normalize, splits.classes)
-
-  def predict(state: TrainState, batch: Batch) -> PyTree:
-    return classifier.logits(state, jnp.asarray(batch["image"]))
-
-  def train_data(step: int) -> Iterator[Batch]:
-    source = splits.open(config.data.train_split)
-    if restyles:
-      restyle()
-      source = styles.Styled(source, _styles(config), count=len(STYLIZED))
-    return stream.train(
-      source,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=step,
-      workers=config.data.workers,
-    )
-
-  return System(
-    init=init,
-    train_step=steps.take_turns(
-      players, accumulate=config.accumulate, averaging=averaging
-    ),
-    predict=predict,
-    train_data=train_data,
+  return classifiers.system(
+    config,
+    net,
+    loss,
+    splits=splits,
     evaluators=bench.evaluators(config, classifier, splits),
+    start=pretrained.start(config, net),
+    examples=examples,
   )
 
 

@@ -23,8 +23,7 @@ Reference:
   Suppressing Texture", 2020.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -33,14 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.data import augment, sources, stream, suppression
+from jaxshape.data import augment, sources, suppression
 from jaxshape.engine import (
   bench,
   classifiers,
   evaluators,
-  optimizers,
+  pretrained,
   report,
-  steps,
 )
 from jaxshape.errors import InputError
 from jaxshape.layers import apply
@@ -101,11 +99,11 @@ def suppress(config: Config, key: Array, batch: Batch) -> dict[str, Any]:
 
 def make(config: Config) -> System:
   """The supervised system that a config describes."""
+  config = pretrained.adopt(config)
   _check(config)
   splits = classifiers.Splits(config)
   net = classifiers.network(config, num_classes=len(splits.classes))
   normalize = classifiers.normalizer(config)
-  size = config.data.image_size
   augmentation = augment.make(config.augment, num_classes=len(splits.classes))
 
   def loss(
@@ -119,6 +117,7 @@ def make(config: Config) -> System:
       params[classifiers.NET],
       extra[classifiers.NET],
       normalize(batch["image"]),
+      key=jax.random.fold_in(key, 2),  # Where something is dropped.
       update=True,
       train=True,
     )
@@ -130,46 +129,19 @@ def make(config: Config) -> System:
     extra = {**extra, classifiers.NET: collections}
     return losses.mean(), (extra, metrics)
 
-  averaging = config.averaging or None
-  players = {
-    classifiers.NET: steps.Player(loss, optimizers.make(config.optimizer))
-  }
-
-  def init(key: Array) -> TrainState:
-    images = jnp.zeros((1, size, size, 3))
-    params, collections = apply.init(net, key, images, train=False)
-    return steps.initial_state(
-      players,
-      {classifiers.NET: params},
-      {classifiers.NET: collections},
-      averaging=averaging,
-    )
+  def examples(source: sources.Source) -> sources.Source:
+    union = config.suppression.policy == "union"
+    return sources.Doubled(source) if union else source
 
   classifier = classifiers.classifier(net, normalize, splits.classes)
-
-  def predict(state: TrainState, batch: Batch) -> PyTree:
-    return classifier.logits(state, jnp.asarray(batch["image"]))
-
-  def train_data(step: int) -> Iterator[Batch]:
-    source = splits.open(config.data.train_split)
-    if config.suppression.policy == "union":
-      source = sources.Doubled(source)
-    return stream.train(
-      source,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=step,
-      workers=config.data.workers,
-    )
-
-  return System(
-    init=init,
-    train_step=steps.take_turns(
-      players, accumulate=config.accumulate, averaging=averaging
-    ),
-    predict=predict,
-    train_data=train_data,
+  return classifiers.system(
+    config,
+    net,
+    loss,
+    splits=splits,
     evaluators=_evaluators(config, classifier, splits),
+    start=pretrained.start(config, net),
+    examples=examples,
   )
 
 
@@ -248,9 +220,7 @@ def _on_filtered(
 
   def pictures(state: TrainState, outputs: Sequence[PyTree]) -> Mapping:
     del state, outputs
-    batches = data()
-    with contextlib.closing(batches):
-      images = np.asarray(next(batches)["image"])[:8]
+    images = evaluators.first_rows(data, most=8)["image"]
     shown = [images, np.asarray(strongest(images))]
     sheet = report.image_sheet(shown, row_names=["original", config.filter])
     return {"what the filter does": sheet}

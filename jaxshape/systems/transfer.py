@@ -26,14 +26,16 @@ Reference:
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxshape.backbones import resnet
+from jaxshape.backbones import registry
 from jaxshape.data import augment, sources, stream, voc
 from jaxshape.engine import (
   classifiers,
@@ -50,7 +52,6 @@ from jaxshape.system import Evaluator, System, TrainState
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 NET = classifiers.NET
-HEAD = "fc"
 HEADS = ("linear", "fine_tune")
 # What the examples of each task are taught by.
 TASKS = {
@@ -70,25 +71,13 @@ def make(config: Config) -> System:
     net, classifiers.normalizer(config), splits.classes
   )
   given = functools.cache(functools.partial(pretrained.load, config, net))
+  head = registry.find(config.backbone).HEAD
   optimizer = optimizers.make(config.optimizer)
   if config.head == "linear":
     # So that what does not move has no momentum to keep.
     optimizer = optax.multi_transform(
       {"head": optimizer, "rest": optax.set_to_zero()},
-      lambda params: {n: "head" if n == HEAD else "rest" for n in params},
-    )
-  players = {NET: steps.Player(_loss(config, net), optimizer)}
-  averaging = config.averaging or None
-  size = config.data.image_size
-
-  def init(key: Array) -> TrainState:
-    images = jnp.zeros((1, size, size, 3))
-    params, collections = apply.init(net, key, images, train=False)
-    if config.pretrained:
-      backbone, collections = jax.tree.map(jnp.asarray, given())
-      params = {**backbone, HEAD: params[HEAD]}
-    return steps.initial_state(
-      players, {NET: params}, {NET: collections}, averaging=averaging
+      lambda params: {n: "head" if n == head else "rest" for n in params},
     )
 
   def segment(state: TrainState, images: evaluators.Images) -> Array:
@@ -114,18 +103,19 @@ def make(config: Config) -> System:
       workers=workers,
     )
 
-  return System(
-    init=init,
-    train_step=steps.take_turns(
-      players, accumulate=config.accumulate, averaging=averaging
-    ),
-    predict=predict,
-    train_data=train_data,
+  system = classifiers.system(
+    config,
+    net,
+    _loss(config, net),
+    splits=splits,
     evaluators=_evaluators(config, splits, classifier, segment),
+    start=pretrained.start(config, net),
+    optimizer=optimizer,
   )
+  return dataclasses.replace(system, predict=predict, train_data=train_data)
 
 
-def _loss(config: Config, net: resnet.ResNet) -> steps.Loss:
+def _loss(config: Config, net: Any) -> steps.Loss:
   """What the head, or the whole network, descends."""
   augmentation = _augmentation(config, net.num_classes)
   normalize = classifiers.normalizer(config)
@@ -269,7 +259,7 @@ def _is_seen_once(config: Config, source: sources.Source) -> bool:
 def _seen_once(
   config: Config,
   source: sources.Source,
-  net: resnet.ResNet,
+  net: Any,
   given: tuple[PyTree, PyTree],
 ) -> sources.Source:
   """The mean features of every image, in its place."""
@@ -310,7 +300,7 @@ def _evaluators(
   segment: transfer_evaluators.Segment,
 ) -> Mapping[str, Evaluator]:
   measure = {
-    "single": functools.partial(transfer_evaluators.single_label, classifier),
+    "single": functools.partial(evaluators.accuracy, classifier),
     "multilabel": functools.partial(
       transfer_evaluators.multi_label, classifier
     ),
@@ -322,25 +312,19 @@ def _evaluators(
     split: measure(splits.batches(split)) for split in config.data.eval_splits
   }
   if config.bench.cam_split:
+    head = registry.find(config.backbone).HEAD
     out[f"cam_{config.bench.cam_split}"] = transfer_evaluators.pseudo_labels(
       classifier,
-      lambda state: steps.evaluation_params(state)[NET][HEAD]["kernel"],
-      functools.partial(_with_maps, config),
+      lambda state: steps.evaluation_params(state)[NET][head]["kernel"],
+      lambda: _with_maps(config, splits),
       threshold=config.bench.cam_threshold,
     )
   return out
 
 
-def _with_maps(config: Config) -> stream.Batches:
+def _with_maps(config: Config, splits: classifiers.Splits) -> stream.Batches:
   """The split whose maps the pseudo-labels are compared with."""
-  data = config.data
-  source = sources.load(
-    data.source,
-    split=config.bench.cam_split,
-    image_size=data.image_size,
-    data_dir=data.data_dir or None,
-    **{**data.options.to_dict(), "task": "segmentation"},
-  )
+  source = splits.open(config.bench.cam_split, task="segmentation")
   return stream.evaluate(source, batch_size=config.batch_size)
 
 

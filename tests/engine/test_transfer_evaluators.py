@@ -79,10 +79,8 @@ def _logits():
   return np.asarray(CLASSIFIER.logits(STATE, SOURCE.rows["image"]))[REAL]
 
 
-def test_single_label_means_over_the_classes():
-  numbers = _numbers(
-    lambda data: transfer_evaluators.single_label(CLASSIFIER, data)
-  )
+def test_accuracy_means_over_the_classes():
+  numbers = _numbers(lambda data: evaluators.accuracy(CLASSIFIER, data))
   labels, said = SOURCE.rows["label"][REAL], _logits().argmax(1)
   assert len(set(labels)) == 3
   np.testing.assert_allclose(numbers["top1"], np.mean(labels == said))

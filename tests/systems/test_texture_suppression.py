@@ -1,5 +1,6 @@
 import collections
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -11,7 +12,7 @@ from scipy import ndimage
 from configs import texture_suppression as configs
 from jaxshape import system as system_lib
 from jaxshape.data import textured_shapes
-from jaxshape.engine import checkpoints
+from jaxshape.engine import checkpoints, pytorch
 from jaxshape.errors import InputError
 from jaxshape.filters import (
   bilateral,
@@ -358,3 +359,21 @@ def test_styles_of_a_batch_are_no_measure_of_a_network():
     np.float32(images), np.float32(np.roll(images, 1, axis=0))
   )
   np.testing.assert_allclose(got, want, atol=1e-2)
+
+
+def test_weights_have_the_names_of_the_backbones_public_code(tmp_path):
+  system = system_lib.load(_config())
+  state = jax.jit(system.init)(KEY)
+  tensors = system.weights.save(state)
+  assert {"conv1.weight", "bn1.running_var", "fc.bias"} <= tensors.keys()
+  other = system.weights.load(jax.jit(system.init)(jax.random.key(4)), tensors)
+  chex.assert_trees_all_equal(other.params, state.params)
+  # Another task begins with all but the head.
+  path = tmp_path / "a.safetensors"
+  pytorch.save(path, tensors)
+  begun = jax.jit(system_lib.load(_config(pretrained=str(path))).init)(
+    jax.random.key(5)
+  )
+  ours, theirs = dict(begun.params["net"]), dict(state.params["net"])
+  assert np.abs(ours.pop("fc")["kernel"] - theirs.pop("fc")["kernel"]).max() > 0
+  chex.assert_trees_all_equal(ours, theirs)
