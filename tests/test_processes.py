@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_ends_the_other_by_name(victim, tmp_path):
     began = time.monotonic()
     codes = run.wait()
     took = time.monotonic() - began
-  assert took < 20  # About one, where nothing else runs.
+  assert took < 60  # About one, where nothing else runs.
   assert codes[victim] == -signal.SIGKILL
   assert codes[1 - victim] == processes.AGAIN
   assert (
@@ -329,7 +329,7 @@ def test_a_process_that_is_stopped_ends_the_other_by_name(tmp_path):
     code = run.children[0].wait(40)
     took = time.monotonic() - began
   assert code == processes.AGAIN
-  assert 5 < took < 20
+  assert 5 < took < 60
   assert (
     "error: process 0 of 2: ended because process 1 of 2 failed: it is gone"
   ) in run.says(0)

@@ -6,10 +6,10 @@ files and files that are no images are not looked at. Classes and files are
 sorted by name, so that the numbers do not depend on the disk that lists them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import difflib
-import itertools
 import logging
 import os
 import pathlib
@@ -45,9 +45,23 @@ class Folder(decode.Decoded):
     decoder: decode.Decoder,
     skip_damaged: bool = False,
     cache: int = 0,
+    more: Mapping[str, np.ndarray] | None = None,
   ):
+    """Keeps what was found.
+
+    Args:
+      root: The folder of this split.
+      files: Paths below it.
+      labels: One per file, int32.
+      classes: Names of the labels.
+      decoder: Turns a file into pixels.
+      skip_damaged: See `open_source`.
+      cache: See `open_source`.
+      more: What else examples have, by name, one row per file.
+    """
     self.root, self.files, self.labels = root, files, labels
     self.classes = classes
+    self._more = dict(more or {})
     super().__init__(decoder, cache=cache)
     self._skip_damaged = skip_damaged
     self._damaged: dict[int, str] = {}
@@ -65,10 +79,13 @@ class Folder(decode.Decoded):
   @property
   def fingerprint(self) -> dict[str, dict[str, str]]:
     """How many files each class has, and a digest of their names."""
-    folders = {}
-    for folder, group in itertools.groupby(self.files, _class_folder):
-      files = list(group)
-      folders[folder] = f"{len(files)} files ({decode.digest(files)})"
+    groups: dict[str, list[str]] = {}
+    for file in self.files:
+      groups.setdefault(_class_folder(file), []).append(file)
+    folders = {
+      folder: f"{len(files)} files ({decode.digest(files)})"
+      for folder, files in groups.items()
+    }
     return {"folders": folders}
 
   def __getstate__(self) -> dict:
@@ -118,7 +135,8 @@ class Folder(decode.Decoded):
       raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     with file:
       image = self._decoder(file, name=str(path), rng=rng)
-    return {"image": image, "label": self.labels[i]}
+    more = {name: rows[i] for name, rows in self._more.items()}
+    return {"image": image, "label": self.labels[i], **more}
 
   def _note(self, i: int, message: str) -> None:
     with self._lock:
@@ -181,11 +199,9 @@ def open_source(
     ratio=ratio,
     max_pixels=max_pixels,
   )
-  try:
-    root = _split_folder(_root(name, data_dir), split)
+  with listing():
+    root = find_split(find_root(name, data_dir), split)
     files, labels, found = _scan(root, classes)
-  except OSError as error:
-    raise InputError(f"{error.filename}: {error.strerror}.") from error
   return Folder(
     root,
     files,
@@ -222,9 +238,37 @@ def verify(source: Folder, *, threads: int = 8) -> list[str]:
     return [f for f, bad in zip(source.files, flags, strict=True) if bad]
 
 
-def _root(name: str, data_dir: str | None) -> pathlib.Path:
+@contextlib.contextmanager
+def listing() -> Iterator[None]:
+  """Says in one line which folder cannot be listed.
+
+  Raises:
+    InputError: The code inside could not list one.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise InputError(f"{error.filename}: {error.strerror}.") from error
+
+
+def find_root(
+  name: str, data_dir: str | None, *, kind: str = "folder"
+) -> pathlib.Path:
+  """Finds the folder that a spec names.
+
+  Args:
+    name: The folder; `~` is expanded.
+    data_dir: What a relative `name` starts from.
+    kind: Of the spec, for the error.
+
+  Returns:
+    The folder, which exists.
+
+  Raises:
+    InputError: There is none.
+  """
   if not name:
-    raise InputError("folder needs a path: folder:/path/to/images.")
+    raise InputError(f"{kind} needs a path: {kind}:/path/to/images.")
   root = (
     pathlib.Path(data_dir or "").expanduser() / pathlib.Path(name).expanduser()
   )
@@ -238,30 +282,46 @@ def _root(name: str, data_dir: str | None) -> pathlib.Path:
   while not parent.is_dir():
     parent = parent.parent
   missing = root.relative_to(parent).parts[0]
-  there = _folders(parent)
+  there = subfolders(parent)
   near = difflib.get_close_matches(missing, there, cutoff=0.5) or there
   raise InputError(
     f"There is no folder {root}; {parent.absolute()} has "
-    f"{_some(near) or 'no folders'}."
+    f"{some(near) or 'no folders'}."
   )
 
 
-def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
-  """The folder of the classes, which `split` may or may not name."""
-  children = _folders(root)
+def find_split(
+  root: pathlib.Path, split: str, *, classes: Collection[str] | None = None
+) -> pathlib.Path:
+  """Finds the folder of the classes, which `split` may or may not name.
+
+  Args:
+    root: What `find_root` gave.
+    split: A folder below it, where there are splits.
+    classes: What class folders are called, where that is known: then others
+      that hold folders are splits. By default only `SPLITS` are.
+
+  Returns:
+    The folder of the split, or `root` where there are no splits.
+
+  Raises:
+    InputError: There are splits, and this is none of them.
+  """
+  children = subfolders(root)
   # A class may be called "train", too: then it has siblings that are no splits
   # and no folders of its own.
   only_splits = bool(children) and all(c.lower() in SPLITS for c in children)
-  if split in children and (only_splits or _folders(root / split)):
+  if split in children and (only_splits or subfolders(root / split)):
     return root / split
-  splits = [
-    c
-    for c in children
-    if only_splits or (c.lower() in SPLITS and _folders(root / c))
-  ]
-  if splits:
+
+  def is_split(child: str) -> bool:
+    named = child.lower() in SPLITS if classes is None else child not in classes
+    return only_splits or (named and bool(subfolders(root / child)))
+
+  if splits := [child for child in children if is_split(child)]:
     raise InputError(
-      f"{root} has no split {split!r}; there are: {_some(splits)}."
+      f"{root} has no split {split!r}{near(split, splits)}; there are: "
+      f"{some(splits)}."
     )
   if not split.startswith("train"):
     logging.warning(
@@ -273,34 +333,129 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
   return root
 
 
-def _scan(
-  root: pathlib.Path, classes: Sequence[str] | None
-) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-  folders = _folders(root)
-  loose = sorted(
-    e.name for e in os.scandir(root) if _is_image(e.name) and not e.is_dir()
-  )
+def class_folders(root: pathlib.Path) -> list[str]:
+  """Lists the class folders in a folder, and warns of images beside them.
+
+  Args:
+    root: The folder.
+
+  Returns:
+    Their names, sorted, at least one.
+
+  Raises:
+    InputError: There are none.
+  """
+  folders, loose = subfolders(root), _loose(root)
   if not folders:
-    if not loose:
-      raise InputError(
-        f"{root} holds neither class folders nor images "
-        f"({' '.join(EXTENSIONS)})."
-      )
-    return loose, np.full(len(loose), -1, np.int32), tuple(classes or ())
+    holds = f"{len(loose)} images and " if loose else ""
+    raise InputError(
+      f"{root} holds {holds}no class folders; for images without labels use "
+      "folder:<path>."
+    )
   if loose:
     logging.warning(
       "%s: %d images beside the class folders are not used (%s).",
       root,
       len(loose),
-      _some(loose),
+      some(loose),
     )
-  order = tuple(classes or folders)
-  if unknown := [f for f in folders if f not in order]:
+  return folders
+
+
+def number(
+  where: pathlib.Path,
+  folders: Sequence[str],
+  known: Mapping[str, int],
+  *,
+  what: str = "in classes",
+) -> dict[str, int]:
+  """Looks up the labels of class folders.
+
+  Args:
+    where: What holds them, for the error.
+    folders: Their names.
+    known: Labels by name.
+    what: What the names must be, for the error.
+
+  Returns:
+    Labels by path below `where`.
+
+  Raises:
+    InputError: A folder has no label.
+  """
+  if unknown := [folder for folder in folders if folder not in known]:
     raise InputError(
-      f"{root} has folders that are not in classes: {_some(unknown)}."
+      f"{where} has folders that are not {what}: {some(unknown)}"
+      f"{near(unknown[0], known)}."
     )
+  return {folder: known[folder] for folder in folders}
+
+
+def number_parts(
+  root: pathlib.Path,
+  parts: Sequence[str],
+  known: Mapping[str, int] | None,
+  *,
+  what: str = "in classes",
+) -> dict[str, dict[str, int]]:
+  """Looks up the labels of folders that each hold the same class folders.
+
+  Args:
+    root: What holds the parts.
+    parts: Paths below it, at least one.
+    known: Labels by name; a part may lack some of them. By default the names
+      that are in every part, sorted.
+    what: What the names must be, for the error.
+
+  Returns:
+    For each part, labels by name.
+
+  Raises:
+    InputError: A folder has no label, or is not in every part.
+  """
+  found = {part: class_folders(root / part) for part in parts}
+  first = parts[0]
+  for part, folders in found.items():
+    differ = sorted(set(folders) ^ set(found[first]))
+    if differ and known is None:
+      raise InputError(
+        f"{root / part} has other class folders than {root / first}, in one "
+        f"only: {some(differ)}{near(differ[0], found[first])}; make them the "
+        "same, or name all with data.options.classes."
+      )
+  labels = known or by_name(found[first])
+  return {
+    part: number(root / part, folders, labels, what=what)
+    for part, folders in found.items()
+  }
+
+
+def by_name(classes: Sequence[str]) -> dict[str, int]:
+  """The labels of classes, refused if two are called alike."""
+  labels = {name: i for i, name in enumerate(classes)}
+  if len(labels) < len(classes):
+    twice = next(name for i, name in enumerate(classes) if labels[name] != i)
+    raise InputError(f"classes must be unique, got {twice!r} twice.")
+  return labels
+
+
+def find_images(
+  root: pathlib.Path, folders: Mapping[str, int]
+) -> tuple[list[str], np.ndarray]:
+  """Lists the images of class folders.
+
+  Args:
+    root: What paths start from.
+    folders: Labels by path below `root`.
+
+  Returns:
+    Paths below `root`, folder by folder, each sorted; and their labels, int32.
+
+  Raises:
+    InputError: A folder has no images.
+  """
   files, labels = [], []
-  for folder in folders:
+  for folder, label in folders.items():
     images = _images(root, folder)
     if not images:
       raise InputError(
@@ -308,8 +463,49 @@ def _scan(
         f"({' '.join(EXTENSIONS)}); fill or remove it."
       )
     files += images
-    labels += [order.index(folder)] * len(images)
-  return files, np.asarray(labels, np.int32), order
+    labels += [label] * len(images)
+  return files, np.asarray(labels, np.int32)
+
+
+def subfolders(root: pathlib.Path) -> list[str]:
+  """The names of the folders in a folder that are not hidden, sorted."""
+  return sorted(
+    e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."
+  )
+
+
+def some(names: Sequence[str], count: int = 8) -> str:
+  """The first of some names, and how many there are."""
+  more = f", ... ({len(names)} in all)" if len(names) > count else ""
+  return ", ".join(names[:count]) + more
+
+
+def near(name: str, known: Collection[str]) -> str:
+  """A question whether another name was meant, if one is alike."""
+  alike = difflib.get_close_matches(name, known, n=1)
+  return f" (did you mean {alike[0]}?)" if alike and alike[0] != name else ""
+
+
+def _scan(
+  root: pathlib.Path, classes: Sequence[str] | None
+) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+  if not subfolders(root):
+    loose = _loose(root)
+    if not loose:
+      raise InputError(
+        f"{root} holds neither class folders nor images "
+        f"({' '.join(EXTENSIONS)})."
+      )
+    return loose, np.full(len(loose), -1, np.int32), tuple(classes or ())
+  folders = class_folders(root)
+  order = tuple(classes or folders)
+  return *find_images(root, number(root, folders, by_name(order))), order
+
+
+def _loose(root: pathlib.Path) -> list[str]:
+  return sorted(
+    e.name for e in os.scandir(root) if _is_image(e.name) and not e.is_dir()
+  )
 
 
 def _class_folder(file: str) -> str:
@@ -336,16 +532,5 @@ def _images(root: pathlib.Path, folder: str) -> list[str]:
   return sorted(found)
 
 
-def _folders(root: pathlib.Path) -> list[str]:
-  return sorted(
-    e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."
-  )
-
-
 def _is_image(name: str) -> bool:
   return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _some(names: Sequence[str], count: int = 8) -> str:
-  more = f", ... ({len(names)} in all)" if len(names) > count else ""
-  return ", ".join(names[:count]) + more

@@ -177,19 +177,6 @@ def test_pairs_are_of_two_classes_and_follow_from_the_number():
   assert all((same[i]["other"] != same[i]["image"]).any() for i in range(COUNT))
 
 
-def test_textures_are_read_from_names():
-  files = ["cat/cat1-dog12.png", "dog/dog2-spoon1.jpg", "owl/owl10-owl3.png"]
-  source = shape_evaluators.Stimuli(Source(files=files), files, CLASSES)
-  assert [int(source[i]["texture"]) for i in range(3)] == [1, -1, 2]
-  assert (len(source), source.classes) == (3, CLASSES)
-  for bad, message in (
-    (["cat/1.png"], r"such as cat1-bicycle2.png, got cat/1.png"),
-    (["cat/cat1-spoon2.png"], r"no texture of the 1 .* cat, dog, owl"),
-  ):
-    with pytest.raises(InputError, match=message):
-      shape_evaluators.Stimuli(Source(files=bad), bad, CLASSES)
-
-
 def test_what_data_lack_is_named():
   with pytest.raises(InputError, match=r'needs examples with "style", got im'):
     _run(shape_evaluators.stylized, 8, SOURCE)
