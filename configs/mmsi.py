@@ -15,6 +15,8 @@ By default styles are generated, and laid on without a network. As published:
   --config.style.source=folder:<paintings> --config.style.method=adain
   --config.style.encoder_weights=vgg_normalised.pth
   --config.style.decoder_weights=decoder.pth
+Photographs, judged by other domains, `<root>/<domain>/<class>/`, as in PACS:
+  --config=...:domains --config.data.data_dir=<folder of pacs>
 Your own pictures, in folders `<root>/train/<class>/` and `<root>/val/<class>/`:
   --config=...:folder --config.data.source=folder:<root>
 """
@@ -35,6 +37,7 @@ MODES = (
   "small_finetune",
   "tiny",
   "folder",
+  "domains",
 )
 
 
@@ -137,21 +140,19 @@ def get_config(mode: str = "imagenet") -> Config:
     config.eval_every = 6000
     config.best_metric = "test/top1"
     config.optimizer.schedule = "cosine"
-  if mode in ("small", "small_sin", "small_finetune", "tiny"):
+  if mode in ("small", "small_sin", "small_finetune", "tiny", "domains"):
     _generated(config)
+  if mode == "domains":
+    _domains(config)
   if mode.endswith("_sin"):
     config.weights.original = 0.0
     config.weights.stylized = 0.5
   if mode.endswith("_finetune"):
     config.weights.mutual = 0.0
     config.weights.stylized = 0.0
-  if mode == "imagenet_finetune":
-    config.steps = 50_000
     config.optimizer.learning_rate = 0.001
-    config.optimizer.boundaries = (25_000,)
-  if mode == "small_finetune":
-    config.steps = 200
-    config.optimizer.learning_rate = 0.001
+    config.steps = 200 if mode.startswith("small") else 50_000
+    config.optimizer.boundaries = (25_000,)  # Of the schedule with steps.
   if mode == "tiny":
     config.width = 4
     config.steps = 6
@@ -240,3 +241,26 @@ def _generated(config: Config) -> None:
   config.optimizer.weight_decay = 0.05
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
+
+
+def _domains(config: Config) -> None:
+  """As `_generated`, on real photographs."""
+  config.width = 32
+  config.mean = (123.675, 116.28, 103.53)
+  config.std = (58.395, 57.12, 57.375)
+  config.data.source = "domains:pacs"
+  config.data.image_size = 64
+  config.data.train_split = "photo_train"
+  config.data.eval_splits = ("photo_val", "art_painting", "cartoon", "sketch")
+  # Whole pictures, each decoded once.
+  config.data.options = ConfigDict(
+    {"resize_to": config.data.get_ref("image_size"), "cache": 2**30}
+  )
+  config.augment.random_crop.padding = 4
+  config.bench.cue_conflict = ""
+  config.bench.corruption_split = ""
+  config.bench.corruptions = ()
+  config.bench.saliency = ()
+  config.bench.stylized = ("photo_val",)
+  config.bench.dimensionality = "photo_val"
+  config.steps = 600

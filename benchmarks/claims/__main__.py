@@ -3,7 +3,8 @@
 python -m benchmarks.claims texture_suppression
 
 A study is `STUDY` in benchmarks/claims/<name>.py. Runs that are finished are
-not trained again, runs that were stopped go on.
+not trained again, runs that were stopped go on. Studies of real pictures need
+--data_dir, the folder in which they lie unpacked, and fine-tuning --weights.
 """
 
 import argparse
@@ -43,6 +44,8 @@ def main() -> None:
   parser.add_argument("--variants", nargs="+", help="some of the study's")
   parser.add_argument("--workdir", default="runs/claims")
   parser.add_argument("--output", help="benchmarks/results for a whole study")
+  parser.add_argument("--data_dir", help="where real data lie")
+  parser.add_argument("--weights", help="file of a network trained by others")
   parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
   values = parser.parse_args()
   study: claims.Study = importlib.import_module(
@@ -54,6 +57,15 @@ def main() -> None:
   seeds: list[int] = values.seeds
   runs = list(itertools.product(seeds, chosen))
   folder = pathlib.Path(values.workdir) / values.name
+  # Not part of the study, which is the same wherever they lie.
+  at_hand = {
+    field: os.path.abspath(given)
+    for field, given in (
+      ("data.data_dir", values.data_dir),
+      ("pretrained", values.weights),
+    )
+    if given
+  }
   found: dict[tuple[int, str], dict[str, float]] = {}
   context = multiprocessing.get_context("spawn")
   began = time.monotonic()
@@ -65,13 +77,12 @@ def main() -> None:
   ) as pool:
     if study.before is not None:
       pool.submit(
-        _runs.run, values.name, claims.BEFORE, 0, str(folder)
+        _runs.run, values.name, claims.BEFORE, 0, str(folder), at_hand
       ).result()
     tasks = {
-      pool.submit(_runs.run, values.name, variant, seed, str(folder)): (
-        seed,
-        variant,
-      )
+      pool.submit(
+        _runs.run, values.name, variant, seed, str(folder), at_hand
+      ): (seed, variant)
       for seed, variant in runs
     }
     for task in concurrent.futures.as_completed(tasks):

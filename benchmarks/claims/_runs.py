@@ -1,5 +1,6 @@
 """One run of a study, in a process of its own."""
 
+from collections.abc import Mapping
 import importlib
 import json
 import os
@@ -12,7 +13,13 @@ from typing import Any
 from benchmarks import claims
 
 
-def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
+def run(
+  name: str,
+  variant: str,
+  seed: int,
+  folder: str,
+  at_hand: Mapping[str, str],
+) -> dict[str, float]:
   """Trains and evaluates one variant; in a process of its own."""
   study: claims.Study = importlib.import_module(
     f"benchmarks.claims.{name}"
@@ -35,6 +42,7 @@ def run(name: str, variant: str, seed: int, folder: str) -> dict[str, float]:
   module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
   config = module.get_config(mode)
   config.update_from_flattened_dict(study.changes(variant, seed, folder))
+  config.update_from_flattened_dict(at_hand)
   config.lock()
   done = workdir / "numbers.json"
   key = config.to_json_best_effort()

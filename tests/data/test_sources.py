@@ -105,7 +105,7 @@ def test_a_missing_library_is_named(monkeypatch):
     (
       "flder:x",
       {},
-      "data 'flder:x' is of no known kind.*kinds are: corrupted, .*descriptors, domains, folder",
+      "data 'flder:x' is of no known kind.*kinds are: corrupted, .*domains",
     ),
     ("stream:x", {}, "no known kind"),
     ("json.decoder:x", {}, "no known kind"),

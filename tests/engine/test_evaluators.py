@@ -11,6 +11,7 @@ from jaxshape.data import sources, stream
 from jaxshape.engine import evaluators, runtime
 from jaxshape.errors import InputError
 from jaxshape.filters import corruption
+from jaxshape.metrics import published, robustness
 from jaxshape.system import TrainState
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
@@ -317,6 +318,7 @@ def test_pictures_have_their_axes_and_titles():
     "confusion": 2,  # And the bar of its colours.
     "calibration": 1,
     "by class": 1,
+    "decisions": 16,
     "severity": 1,
     "grad-cam": 6,  # Three images, without and with their maps.
   }
@@ -381,3 +383,177 @@ def test_corruptions_that_do_not_exist_are_refused_before_training():
   options = {"names": ("contrast",), "severities": ()}
   with pytest.raises(InputError, match="severities must be"):
     evaluators.corruptions(_classifier(), _data(8), **options)
+
+
+def _numpy_model(images):
+  return _logits(np.asarray(images))
+
+
+def test_any_function_from_images_to_logits_is_measured_without_compiling():
+  model = evaluators.of_logits(_numpy_model, classes=CLASSES)
+  for make in (evaluators.accuracy, evaluators.cue_conflict):
+    want, _, _ = _run(make, 8)
+    got, outputs = evaluators.measure(make(model, _data(24)))
+    assert got == pytest.approx(want, rel=1e-5)
+    assert len(outputs) == 1
+  # A function of JAX may as well be compiled.
+  jitted = evaluators.of_logits(
+    lambda x: _classifier().logits(STATE, x), classes=CLASSES
+  )
+  got, _ = runtime.evaluate(evaluators.accuracy(jitted, _data(8)), STATE, MESH)
+  want, _, _ = _run(evaluators.accuracy, 8)
+  assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_logits_of_other_classes_are_refused():
+  model = evaluators.of_logits(_numpy_model, classes=CLASSES[:3])
+  with pytest.raises(
+    InputError, match=r"\[images, classes\], \[8, 3\], got.*7"
+  ):
+    evaluators.measure(evaluators.accuracy(model, _data(8)))
+  nothing = evaluators.accuracy(model, lambda: iter(()))
+  with pytest.raises(InputError, match="got no batch"):
+    evaluators.measure(nothing)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_decisions_are_shown_beside_what_they_decided_between(batch_size):
+  _, outputs, evaluator = _run(
+    evaluators.cue_conflict, batch_size, shown=5, beside=published.SHAPE_BIAS
+  )
+  figures = evaluator.pictures(STATE, outputs)
+  assert list(figures) == ["by class", "published", "decisions"]
+  conflict = [
+    (row, np.argmax(_logits(row["image"][None])[0]))
+    for row in SOURCE.counted()
+    if row["label"] != row["texture"] >= 0
+  ]
+  places = np.linspace(0, len(conflict) - 1, 5).astype(int)
+  sheet = figures["decisions"].axes
+  assert len(sheet) == 5
+  for axes, place in zip(sheet, places, strict=True):
+    row, named = conflict[place]
+    titles = [CLASSES[n] for n in (row["label"], row["texture"], named)]
+    assert axes.get_title() == " / ".join(titles)
+    shown = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shown, row["image"] / 255, atol=1e-6)
+  colors = {axes.title.get_color() for axes in sheet}
+  assert len(colors) > 1  # By shape, by texture, by neither.
+  bars = figures["published"].axes[0]
+  names = [label.get_text() for label in bars.get_yticklabels()]
+  widths = [bar.get_width() for bar in bars.patches]
+  assert widths == sorted(widths)
+  own = evaluator.summarize(outputs)["shape_bias"]
+  assert widths[names.index("this network")] == pytest.approx(own)
+  assert "people (Geirhos et al. 2019, Sec. 3.2)" in names
+
+
+def test_without_a_conflict_there_is_no_sheet():
+  source = Source()
+  source.rows["texture"] = source.rows["label"]
+  evaluator = evaluators.cue_conflict(_classifier(), _data(24, source))
+  got, outputs = runtime.evaluate(evaluator, STATE, MESH)
+  assert got["decisions"] == 0
+  assert list(evaluator.pictures(STATE, outputs)) == ["by class"]
+
+
+FILES = (("fog", 1), ("fog", 3), ("snow", 1), ("snow", 3), ("snow", 5))
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_errors_on_published_corrupted_files_row_by_row(batch_size):
+  source = Source()
+  source.rows["corruption"] = np.int32(np.arange(21) // 4 % 5)
+  wrong = collections.defaultdict(list)
+  for row in source.counted():
+    named = np.argmax(_logits(row["image"][None])[0])
+    wrong[FILES[row["corruption"]]].append(named != row["label"])
+  error = {case: np.mean(found) for case, found in wrong.items()}
+  evaluator = evaluators.corrupted(
+    _classifier(), _data(batch_size, source), cases=lambda: FILES
+  )
+  got, outputs = runtime.evaluate(evaluator, STATE, MESH)
+  assert got == pytest.approx(
+    {
+      "mean_error": np.mean([error[case] for case in FILES]),
+      "fog_error": (error["fog", 1] + error["fog", 3]) / 2,
+      "snow_error": np.mean([error["snow", s] for s in (1, 3, 5)]),
+      "severity_1_top1": 1 - (error["fog", 1] + error["snow", 1]) / 2,
+      "severity_3_top1": 1 - (error["fog", 3] + error["snow", 3]) / 2,
+      "severity_5_top1": 1 - error["snow", 5],
+    }
+  )
+  figures = evaluator.pictures(STATE, outputs)
+  lines = {line.get_label(): line for line in figures["severity"].axes[0].lines}
+  fog = [error["fog", 1], error["fog", 3], np.nan]
+  np.testing.assert_allclose(lines["fog"].get_ydata(), fog)
+  assert list(lines) == ["fog", "snow", "mean"]
+  assert list(evaluator.plots(outputs)) == ["severity", "kind"]
+
+
+def _all_cases(errors):
+  """Outputs of one row per percent, wrong as often as a table says."""
+  cases = [(name, s) for name in errors for s in (1, 2, 3, 4, 5)]
+  wrong = [
+    np.arange(1000) < round(1000 * errors[name][s - 1]) for name, s in cases
+  ]
+  rows = {
+    "mask": np.ones(1000 * len(cases), np.float32),
+    "case": np.arange(len(cases), dtype=np.int32).repeat(1000),
+    "wrong": np.concatenate(wrong).astype(np.float32),
+  }
+  return cases, [rows]
+
+
+def test_mce_is_given_where_all_15_are_there_and_the_classes_are_imagenets():
+  table = {k: np.round(v, 3) for k, v in robustness.ALEXNET_ERRORS.items()}
+  table["spatter"] = np.full(5, 0.1)
+  cases, outputs = _all_cases(table)
+  thousand = evaluators.Classifier(
+    lambda *_: None, lambda *_: None, range(1000)
+  )
+  evaluator = evaluators.corrupted(thousand, lambda: None, cases=lambda: cases)
+  got = evaluator.summarize(outputs)
+  assert got["mce"] == pytest.approx(1, abs=1e-3)  # That of AlexNet itself.
+  all_15 = np.mean([table[name] for name in robustness.ALEXNET_ERRORS])
+  assert got["mean_15_error"] == pytest.approx(all_15)
+  assert got["mean_error"] == pytest.approx((15 * all_15 + 0.1) / 16)
+  assert "relative_mce" not in got  # Files hold no plain images.
+  drawn = evaluator.pictures(STATE, outputs)
+  assert list(drawn) == ["severity", "published"]
+  fewer = [case for case in cases if case != ("fog", 4)]
+  number = {case: i for i, case in enumerate(cases)}
+  rows = outputs[0]
+  left = rows["case"] != number["fog", 4]
+  some = {name: row[left] for name, row in rows.items()}
+  some["case"] = np.searchsorted([number[c] for c in fewer], some["case"])
+  for classes, chosen, given in (
+    (range(1000), fewer, some),
+    (range(10), cases, rows),
+  ):
+    other = evaluators.Classifier(lambda *_: None, lambda *_: None, classes)
+    evaluator = evaluators.corrupted(
+      other, lambda: None, cases=lambda chosen=chosen: chosen
+    )
+    got = evaluator.summarize([given])
+    assert "mce" not in got
+    assert list(evaluator.pictures(STATE, [given])) == ["severity"]
+
+
+def test_the_baseline_of_corruptions_is_that_of_imagenet_alone():
+  options = {
+    "names": tuple(robustness.ALEXNET_ERRORS),
+    "severities": (1, 2, 3, 4, 5),
+  }
+  counts = {}
+  for classes in (CLASSES, tuple(map(str, range(1000)))):
+    model = evaluators.Classifier(lambda *_: None, lambda *_: None, classes)
+    made = evaluators.corruptions(model, _data(24), **options)
+    counts[len(classes)] = sum(1 for _ in made.data())
+  assert counts == {7: 75, 1000: 76}  # And the plain images.
+
+
+def test_corrupted_images_say_which_case_they_are():
+  evaluator = evaluators.corrupted(_classifier(), _data(8), cases=lambda: FILES)
+  with pytest.raises(InputError, match='needs examples with "corruption"'):
+    runtime.evaluate(evaluator, STATE, MESH)
