@@ -277,7 +277,7 @@ def reference(
   return (
     f"Logits of {COMPARED} stimuli against `efficientnet-lite-pytorch`, torch "
     f"{torch.__version__}: largest difference {np.abs(ours - theirs).max():.1e}"
-    f" (largest logit {np.abs(theirs).max():.1f}), the same class for {same} of "
+    f" (largest logit {np.abs(theirs).max():.1f}), same class for {same} of "
     f"{COMPARED}."
   )
 
