@@ -1,9 +1,11 @@
 """The test bench: what tells shape from texture, for any image classifier.
 
 `config.bench` says what is measured; all of it is off by default. A split is
-one of `config.data`, in which pictures have the labels of training; or, where
-`categories` is "imagenet", one of `stimuli`, in which they have those of the 16
-categories, and the head has the 1,000 classes of ImageNet.
+one of `config.data`, in which pictures have the labels of training. Where
+`categories` is "imagenet", the head has the 1,000 classes of ImageNet, and
+`cue_conflict`, `stimuli_splits` and every split that is called
+"stimuli:<split>" are of `stimuli`, which are labelled by 16 categories; as long
+as `stimuli` is empty, they are left out.
 
 Reference:
   Geirhos et al., "ImageNet-trained CNNs are biased towards texture; increasing
@@ -13,6 +15,8 @@ Reference:
 
 from collections.abc import Callable, Sequence
 import functools
+import logging
+import pathlib
 from typing import Any
 
 import jax
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxshape.data import sources, stream, styles
+from jaxshape.data import cue_conflict, sources, stream, styles
 from jaxshape.engine import (
   attack_evaluators,
   classifiers,
@@ -28,12 +32,15 @@ from jaxshape.engine import (
 )
 from jaxshape.engine import evaluators as image_evaluators
 from jaxshape.errors import InputError, few
-from jaxshape.metrics import categories
+from jaxshape.metrics import categories, published
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Config
 
 Classifier = image_evaluators.Classifier
 RULES = ("", "imagenet")
+STIMULI = "stimuli:"
+# Pictures of these kinds are resized as their options say.
+_FOLDERS = ("cue_conflict", "folder")
 
 
 def defaults() -> Config:
@@ -51,6 +58,14 @@ def defaults() -> Config:
   bench.corruption_examples = 0
   bench.corruptions = ()
   bench.severities = (1, 2, 3, 4, 5)
+  # Published corrupted pictures, "corrupted:<root>" (data/corrupted.py), and
+  # what that takes. Where there are ImageNet's 1,000 classes, folders are
+  # called by WordNet ids unless this says otherwise.
+  bench.corrupted = ""
+  bench.corrupted_options = ConfigDict()
+  # Splits of `data.eval_splits` that hold some of the classes, such as
+  # ImageNet-A and -R: the network chooses among those alone.
+  bench.restricted = ()
   # Splits for which it is shown where the network looks.
   bench.saliency = ()
   # Splits whose images are restyled before they are classified.
@@ -77,8 +92,9 @@ def defaults() -> Config:
   bench.categories = ""
   # How a category's probability is made of its classes': mean, sum or max.
   bench.aggregate = "mean"
-  # Data that are labelled by the categories, such as a folder with
-  # `cue_conflict/<category>/...`, and their splits whose accuracy is measured.
+  # Data that are labelled by the categories, such as "cue_conflict:<root>", and
+  # their splits whose accuracy is measured. They are shown whole: unless the
+  # options say otherwise, they are resized to the network's size, not cut.
   bench.stimuli = ""
   bench.stimuli_options = ConfigDict()
   bench.stimuli_splits = ()
@@ -99,40 +115,80 @@ def evaluators(
     splits: The data.
 
   Returns:
-    Evaluators by name: those of the splits, "cue_conflict", "corruption",
-    "saliency_<split>", "stylized_<split>", "dimensionality", "transferred" and
-    "white_box" (attacks), and "stimuli_<split>".
+    Evaluators by name: those of the splits, "cue_conflict", "stimuli_<split>",
+    "corruption", "corrupted", "saliency_<split>", "stylized_<split>",
+    "dimensionality", "transferred" and "white_box" (attacks).
 
   Raises:
     InputError: A field of the bench is of another type or out of its range, or
       names what there is not. What data hold is seen when they are opened.
   """
-  bench = _checked(config.bench)
+  bench = _checked(config)
   out = {
-    split: image_evaluators.accuracy(classifier, splits.batches(split))
+    split: image_evaluators.accuracy(
+      restricted(classifier, functools.partial(_present, splits, split))
+      if split in bench.restricted
+      else classifier,
+      splits.batches(split),
+    )
     for split in config.data.eval_splits
   }
+  of = functools.partial(_of, config, bench, classifier, splits)
   out |= _decisions(config, bench, classifier, splits)
   if bench.corruptions:
+    judge, data, split = of(bench.corruption_split)
     out["corruption"] = image_evaluators.corruptions(
-      classifier,
-      splits.batches(bench.corruption_split, most=bench.corruption_examples),
+      judge,
+      data.batches(split, most=bench.corruption_examples),
       names=bench.corruptions,
       severities=bench.severities,
     )
-  for split in bench.saliency:
-    out[f"saliency_{split}"] = image_evaluators.saliency(
-      classifier, splits.batches(split)
+  if bench.corrupted:
+    out["corrupted"] = _corrupted(config, bench, classifier)
+  for name in bench.saliency:
+    judge, data, split = of(name)
+    out[f"saliency_{_title(name)}"] = image_evaluators.saliency(
+      judge, data.batches(split)
     )
-  out |= _restyled(config, bench, classifier, splits)
-  return out | _attacks(config, bench.attacks, classifier, splits)
+  out |= _restyled(config, bench, of)
+  out |= _attacks(config, bench, of)
+  if not out:
+    logging.warning(
+      "nothing will be measured: config.data.eval_splits and config.bench name "
+      "nothing that is there%s.",
+      ", as config.bench.stimuli is empty" * bool(bench.categories),
+    )
+  return out
 
 
-def _checked(given: Config) -> Config:
+Of = Callable[[str], tuple[Classifier, classifiers.Splits, str]]
+
+
+def _of(
+  config: Config,
+  bench: Config,
+  classifier: Classifier,
+  splits: classifiers.Splits,
+  name: str,
+) -> tuple[Classifier, classifiers.Splits, str]:
+  """What judges a split, what holds it, and what it is called there."""
+  if not name.startswith(STIMULI):
+    return classifier, splits, name
+  judge = categorizer(classifier, aggregate=bench.aggregate)
+  # Their first are shown: not all of one category.
+  stimuli = _Stimuli(config, bench, mixed=True)
+  return judge, stimuli, name.removeprefix(STIMULI)
+
+
+def _title(name: str) -> str:
+  return name.replace(":", "_")
+
+
+def _checked(config: Config) -> Config:
   """The fields of a config's bench, with the defaults of those it lacks."""
   bench = defaults()
   try:
-    bench.update(given)
+    bench.update(config.bench)
   except TypeError as error:
     raise InputError(f"config.bench: {str(error).splitlines()[0]}") from error
   attacks, some = bench.attacks, ("corruption", "dimensionality")
@@ -176,18 +232,59 @@ def _checked(given: Config) -> Config:
       "attacks.split must name the split that is attacked, got ''.",
     ),
     (
-      (bench.categories == "imagenet") != bool(bench.stimuli),
-      "stimuli must name data that are labelled by bench.categories, and both "
-      f"be given or none, got {bench.stimuli!r} and {bench.categories!r}.",
+      bench.corrupted and not bench.corrupted.startswith("corrupted:"),
+      f"corrupted must be corrupted:<folder>, got {bench.corrupted!r}.",
     ),
     (
-      bench.stimuli_splits and not bench.stimuli,
-      "stimuli must name the data of bench.stimuli_splits, got ''.",
+      bench.stimuli and not bench.categories,
+      f"categories must say what labels the stimuli {bench.stimuli!r}, such as "
+      "'imagenet', got ''.",
+    ),
+    (
+      bench.stimuli_splits and not bench.categories,
+      "stimuli must name the data of bench.stimuli_splits, labelled by "
+      "bench.categories, got ''.",
+    ),
+    *(
+      (
+        not bench.categories,
+        f"categories and bench.stimuli must be given for {name!r}, got ''.",
+      )
+      for name in _named(bench)
+      if name.startswith(STIMULI)
+    ),
+    *(
+      (
+        split not in config.data.eval_splits,
+        f"restricted must be among config.data.eval_splits, got {split!r}.",
+      )
+      for split in bench.restricted
     ),
   ]
   for refused, text in refusals:
     if refused:
       raise InputError(f"config.bench.{text}")
+  return bench if bench.stimuli else _without_stimuli(bench)
+
+
+def _named(bench: Config) -> list[str]:
+  """All splits that may be of the stimuli."""
+  one = (bench.corruption_split, bench.dimensionality, bench.attacks.split)
+  return [*one, *bench.saliency, *bench.stylized]
+
+
+def _without_stimuli(bench: Config) -> Config:
+  """A bench of which only what there is data for is left."""
+  left = lambda name: "" if name.startswith(STIMULI) else name
+  for name in ("saliency", "stylized"):
+    bench[name] = tuple(filter(left, bench[name]))
+  bench.dimensionality = left(bench.dimensionality)
+  bench.attacks.split = left(bench.attacks.split)
+  if not left(bench.corruption_split):
+    bench.corruptions = ()
+  bench.stimuli_splits = ()
+  if bench.categories:
+    bench.cue_conflict = ""
   return bench
 
 
@@ -214,48 +311,134 @@ def _decisions(
   if len(classifier.classes) != len(categories.IMAGENET_TO_16):
     raise InputError(
       f"config.bench.categories='imagenet' needs a head of 1,000 classes, got "
-      f"{len(classifier.classes)}."
+      f"{len(classifier.classes)}; set it to '' to measure without stimuli."
     )
-
-  def stimuli(split: str) -> image_evaluators.Data:
-    def source() -> Any:
-      found = sources.load(
-        bench.stimuli,
-        split=split,
-        image_size=config.data.image_size,
-        **bench.stimuli_options.to_dict(),
-      )
-      if not len(found):
-        raise InputError(f"the stimuli {bench.stimuli!r} hold no examples.")
-      found = Categorized(found)
-      if split == bench.cue_conflict:
-        return _with_textures(found, categories.CATEGORIES)
-      return found
-
-    return _opened(source, config.batch_size)
-
+  if not bench.stimuli:
+    return out
+  stimuli = _Stimuli(config, bench)
   if bench.cue_conflict:
-    data = stimuli(bench.cue_conflict)
     out["cue_conflict"] = image_evaluators.cue_conflict(
       classifier,
-      data,
+      stimuli.batches(bench.cue_conflict),
       decide=lambda logits: categories.decide(
         jax.nn.softmax(logits), aggregate=bench.aggregate
       ),
       classes=categories.CATEGORIES,
+      beside=published.SHAPE_BIAS,
     )
   coarse = categorizer(classifier, aggregate=bench.aggregate)
-  for split in bench.stimuli_splits:
-    out[f"stimuli_{split}"] = image_evaluators.accuracy(coarse, stimuli(split))
+  chosen = [
+    split
+    for split in bench.stimuli_splits
+    if split == bench.cue_conflict or not stimuli.alone
+  ]
+  if left := [split for split in bench.stimuli_splits if split not in chosen]:
+    logging.warning(
+      "%s holds one kind of stimuli; %s are left out.",
+      bench.stimuli,
+      ", ".join(left),
+    )
+  for split in chosen:
+    data = stimuli.batches(split)
+    out[f"stimuli_{split}"] = image_evaluators.accuracy(coarse, data)
   return out
 
 
-def _restyled(
-  config: Config,
-  bench: Config,
-  classifier: Classifier,
-  splits: classifiers.Splits,
-) -> dict[str, Evaluator]:
+class _Stimuli(classifiers.Splits):
+  """The splits of the stimuli, labelled by the categories.
+
+  Attributes:
+    alone: Whether there are no splits: the root holds the categories' folders.
+  """
+
+  classes: tuple[str, ...] = categories.CATEGORIES
+
+  def __init__(self, config: Config, bench: Config, *, mixed: bool = False):
+    # Nothing is opened yet, unlike the data whose classes must be known.
+    self._data, self._bench = config.data, bench
+    self._batch_size, self._mixed = config.batch_size, mixed
+    self._opened = functools.cache(self.open)
+    kind, _, name = bench.stimuli.partition(":")
+    # A path alone is a folder.
+    self._folder = kind in _FOLDERS or "/" in kind
+    root = pathlib.Path(name or kind).expanduser()
+    self.alone = self._folder and any(
+      (root / category).is_dir() for category in categories.CATEGORIES
+    )
+
+  def open(
+    self, split: str, *, checked: bool = True, **changed: Any
+  ) -> sources.Source:
+    """Opens a split anew, for an evaluator."""
+    bench, options = self._bench, self._bench.stimuli_options.to_dict()
+    if checked and self.alone and split != bench.cue_conflict:
+      raise InputError(
+        f"config.bench.stimuli={bench.stimuli!r} holds one kind of stimuli, "
+        f"{bench.cue_conflict!r}, and no {split!r}."
+      )
+    if self._folder:
+      whole: dict[str, Any] = {"resize_to": self._data.image_size}
+      if "interpolation" in self._data.options:
+        whole["interpolation"] = self._data.options.interpolation
+      options = {**whole, **options}
+    # Textures may be of categories that no shape is of.
+    if bench.stimuli.startswith("cue_conflict:"):
+      options.setdefault("classes", categories.CATEGORIES)
+    found = sources.load(
+      bench.stimuli,
+      split=split,
+      image_size=self._data.image_size,
+      **{**options, **changed},
+    )
+    if not len(found):
+      raise InputError(f"the stimuli {bench.stimuli!r} hold no examples.")
+    found = Renumbered(found, self.classes, what="config.bench.stimuli")
+    if split == bench.cue_conflict:
+      found = _with_textures(found, self.classes)
+    if self._mixed:
+      order = np.random.default_rng(0).permutation(len(found))
+      found = sources.Subset(found, order)
+    return found
+
+
+def _corrupted(
+  config: Config, bench: Config, classifier: Classifier
+) -> Evaluator:
+  options = bench.corrupted_options.to_dict()
+  if not {"classes", "wordnet"} & set(options):
+    options["wordnet"] = len(classifier.classes) == 1000
+
+  @functools.cache
+  def source() -> Any:
+    return sources.load(
+      bench.corrupted, split="all", image_size=config.data.image_size, **options
+    )
+
+  def examples() -> Any:
+    if options.get("wordnet"):
+      return source()
+    return Renumbered(
+      source(), tuple(classifier.classes), what="config.bench.corrupted"
+    )
+
+  return image_evaluators.corrupted(
+    classifier,
+    _opened(examples, config.batch_size),
+    cases=lambda: source().cases,
+  )
+
+
+def _present(splits: classifiers.Splits, split: str) -> Sequence[int]:
+  found = getattr(splits.some(split), "present", None)
+  if found is None:
+    raise InputError(
+      f"config.bench.restricted: the split {split!r} does not say which "
+      "classes it holds; those of imagenet:<root> do."
+    )
+  return found
+
+
+def _restyled(config: Config, bench: Config, of: Of) -> dict[str, Evaluator]:
   @functools.cache
   def pool() -> sources.Source:
     given = bench.style_options.to_dict()
@@ -265,45 +448,53 @@ def _restyled(
       bench.style_source, image_size=config.data.image_size, **given
     )
 
-  def restyled(split: str) -> image_evaluators.Data:
-    return _opened(
-      lambda: styles.Styled(splits.some(split), pool(), count=1),
-      config.batch_size,
+  def restyled(name: str) -> Evaluator:
+    judge, data, split = of(name)
+    return shape_evaluators.stylized(
+      judge,
+      _opened(
+        lambda: styles.Styled(data.some(split), pool(), count=1),
+        config.batch_size,
+      ),
+      strength=bench.style_strength,
     )
 
-  out = {
-    f"stylized_{split}": shape_evaluators.stylized(
-      classifier, restyled(split), strength=bench.style_strength
-    )
-    for split in bench.stylized
-  }
+  out = {f"stylized_{_title(name)}": restyled(name) for name in bench.stylized}
   if bench.dimensionality:
+    judge, data, split = of(bench.dimensionality)
 
     def pairs() -> Any:
-      some = splits.some(
-        bench.dimensionality, most=bench.dimensionality_examples
-      )
+      some = data.some(split, most=bench.dimensionality_examples)
       return styles.Styled(shape_evaluators.Pairs(some), pool(), count=2)
 
     out["dimensionality"] = shape_evaluators.dimensionality(
-      classifier,
+      judge,
       _opened(pairs, config.batch_size),
       strength=bench.style_strength,
     )
   return out
 
 
-def _attacks(
-  config: Config,
-  attacks: Config,
-  classifier: Classifier,
-  splits: classifiers.Splits,
-) -> dict[str, Evaluator]:
+def _attacks(config: Config, bench: Config, of: Of) -> dict[str, Evaluator]:
+  attacks = bench.attacks
   if not attacks.split:
     return {}
-  load = functools.partial(
-    attack_evaluators.load_surrogate, attacks.surrogate, mesh=config.mesh
-  )
+  judge, data, split = of(attacks.split)
+
+  def load() -> attack_evaluators.Surrogate:
+    found = attack_evaluators.load_surrogate(
+      attacks.surrogate, mesh=config.mesh
+    )
+    by_category = judge.classes == categories.CATEGORIES
+    if not by_category or len(found.classes) != len(categories.IMAGENET_TO_16):
+      return found
+    return found._replace(
+      logits=lambda state, images: _log_scores(
+        found.logits(state, images), bench.aggregate
+      ),
+      classes=categories.CATEGORIES,
+    )
+
   kinds: dict[str, tuple[Sequence[float], Any]] = {}
   if attacks.surrogate:
     kinds["transferred"] = attacks.epsilons, load
@@ -311,8 +502,8 @@ def _attacks(
     kinds["white_box"] = attacks.white_box, None
   return {
     name: attack_evaluators.attacked(
-      classifier,
-      splits.batches(attacks.split, most=attacks.examples),
+      judge,
+      data.batches(split, most=attacks.examples),
       attacks=attacks.names,
       epsilons=epsilons,
       surrogate=surrogate,
@@ -335,39 +526,64 @@ def categorizer(
   """
 
   def head(state: TrainState, features: Array) -> Array:
-    logits = classifier.head(state, features).astype(jnp.float32)
-    scores = categories.scores(jax.nn.softmax(logits), aggregate=aggregate)
-    return jnp.log(jnp.maximum(scores, jnp.finfo(jnp.float32).tiny))
+    return _log_scores(classifier.head(state, features), aggregate)
 
   return Classifier(classifier.features, head, categories.CATEGORIES)
 
 
-class Categorized:
-  """Examples whose labels are numbers of the 16 categories, by their names."""
+def _log_scores(logits: Array, aggregate: str) -> Array:
+  probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+  scores = categories.scores(probabilities, aggregate=aggregate)
+  return jnp.log(jnp.maximum(scores, jnp.finfo(jnp.float32).tiny))
 
-  classes = categories.CATEGORIES
 
-  def __init__(self, source: Any):
-    """Finds the categories of a source's classes.
+def restricted(
+  classifier: Classifier, present: Callable[[], Sequence[int]]
+) -> Classifier:
+  """A classifier that chooses among some of its classes.
+
+  Args:
+    classifier: With all classes.
+    present: Gives the numbers of those; called when logits are computed.
+
+  Returns:
+    The classifier, whose other logits are those of probability 0.
+  """
+
+  def head(state: TrainState, features: Array) -> Array:
+    there = np.zeros(len(classifier.classes), bool)
+    there[list(present())] = True
+    logits = classifier.head(state, features).astype(jnp.float32)
+    return jnp.where(there, logits, jnp.finfo(jnp.float32).min / 2)
+
+  return Classifier(classifier.features, head, classifier.classes)
+
+
+class Renumbered:
+  """Examples whose labels, and textures, are numbers of other classes."""
+
+  def __init__(self, source: Any, classes: tuple[str, ...], *, what: str):
+    """Finds the classes of a source, by their names.
 
     Args:
-      source: Its classes are called as the categories are.
+      source: Its classes are among the others, in any order.
+      classes: What is numbered by.
+      what: Where the source comes from, for the error.
 
     Raises:
-      InputError: One is called otherwise, or there are none.
+      InputError: A class is not among them, or there are none.
     """
-    unknown = [c for c in source.classes if c not in categories.CATEGORIES]
+    unknown = [c for c in source.classes if c not in classes]
     if unknown or not source.classes:
       raise InputError(
-        "the classes of config.bench.stimuli must be among the categories "
-        f"{', '.join(categories.CATEGORIES)}; got "
+        f"the classes of {what} must be among {_all(classes)}; got "
         f"{few(unknown) or 'images without classes'}."
       )
-    self.source = source
+    self.source, self.classes = source, classes
     self.files = getattr(source, "files", None)
-    numbers = map(categories.CATEGORIES.index, source.classes)
+    numbers = {name: i for i, name in enumerate(classes)}
     # The last is for examples without a label, -1.
-    self._numbers = np.array([*numbers, -1], np.int32)
+    self._numbers = np.array([*map(numbers.get, source.classes), -1], np.int32)
 
   def __len__(self) -> int:
     return len(self.source)
@@ -382,12 +598,16 @@ class Categorized:
     return {**example, **found}
 
 
+def _all(names: Sequence[str]) -> str:
+  return ", ".join(names) if len(names) <= 20 else few(names)
+
+
 def _with_textures(source: Any, classes: Sequence[str]) -> Any:
   """A source with "texture", from the names of its files if it has none."""
   files = getattr(source, "files", None)
   if files is None or "texture" in source[0]:
     return source  # The evaluator says what is missing.
-  return shape_evaluators.Stimuli(source, files, classes)
+  return cue_conflict.Stimuli(source, files, classes)
 
 
 def _opened(

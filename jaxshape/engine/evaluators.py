@@ -16,15 +16,16 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from jaxshape.data import stream
-from jaxshape.engine import comparison, report
+from jaxshape.engine import classifier_pictures, comparison, report
 from jaxshape.errors import InputError
 from jaxshape.explanations import class_activation
 from jaxshape.filters import corruption
-from jaxshape.metrics import classification, robustness, shape_bias
+from jaxshape.metrics import classification, published, robustness, shape_bias
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Batch, PyTree
 
 Images = Array | np.ndarray
+Case = tuple[str, int]
 # Streams: iterators that can be closed.
 Data = Callable[[], stream.Batches]
 
@@ -46,6 +47,63 @@ class Classifier:
   def logits(self, state: TrainState, images: Images) -> Array:
     """Both halves: `[batch, classes]`."""
     return self.head(state, self.features(state, images))
+
+
+def of_logits(
+  fn: Callable[[Any], Any], *, classes: Sequence[str]
+) -> Classifier:
+  """A classifier from any function of images.
+
+  It looks at no state: None will do. What is shown of a network's two halves
+  (`saliency`, `dimensionality`) needs them, and is of no meaning here.
+
+  Args:
+    fn: From images 0..255, [batch, height, width, 3], uint8 or float, to logits
+      [batch, classes]. Of JAX, or, where `measure` evaluates, of any library
+      that NumPy can read.
+    classes: Names of the classes, in the order of the logits.
+
+  Returns:
+    The classifier.
+  """
+
+  def features(state: TrainState, images: Images) -> Array:
+    del state
+    logits = jnp.asarray(fn(images), jnp.float32)
+    if logits.shape != (len(images), len(classes)):
+      raise InputError(
+        "the function must give logits [images, classes], "
+        f"[{len(images)}, {len(classes)}], got {list(logits.shape)}."
+      )
+    return logits[:, None, None]
+
+  return Classifier(features, lambda _, x: x[..., 0, 0, :], classes)
+
+
+def measure(
+  evaluator: Evaluator, state: TrainState | None = None
+) -> tuple[dict[str, float], list[PyTree]]:
+  """Runs an evaluator here and now: `runtime.evaluate` without compiling.
+
+  Args:
+    evaluator: Its step may call what JAX cannot trace.
+    state: What its step takes; None for a classifier of `of_logits`.
+
+  Returns:
+    The numbers, and the outputs for its `pictures`.
+
+  Raises:
+    InputError: It got no batch.
+  """
+  step: Callable[..., PyTree] = evaluator.step
+  outputs = [jax.device_get(step(state, batch)) for batch in evaluator.data()]
+  if not outputs:
+    raise InputError("an evaluator got no batch; its data set is empty.")
+  summary = evaluator.summarize(outputs)
+  numbers = {name: float(value) for name, value in summary.items()}
+  if evaluator.then is not None:
+    numbers |= measure(evaluator.then(outputs), state)[0]
+  return numbers, outputs
 
 
 def accuracy(classifier: Classifier, data: Data) -> Evaluator:
@@ -95,10 +153,12 @@ def accuracy(classifier: Classifier, data: Data) -> Evaluator:
     del state
     rows = real_rows(outputs)
     return {
-      "confusion": _confusion(
+      "confusion": classifier_pictures.confusion(
         rows["label"], rows["prediction"], classifier.classes
       ),
-      "calibration": _calibration(rows["confidence"], rows["top1"]),
+      "calibration": classifier_pictures.calibration(
+        rows["confidence"], rows["top1"]
+      ),
     }
 
   return Evaluator(data, step, summarize, pictures)
@@ -110,6 +170,8 @@ def cue_conflict(
   *,
   decide: Callable[[Array], Array] | None = None,
   classes: Sequence[str] | None = None,
+  beside: Sequence[published.Value] = (),
+  shown: int = 16,
 ) -> Evaluator:
   """Whether shape or texture decides where the two disagree.
 
@@ -120,6 +182,8 @@ def cue_conflict(
       the image is left out as if there were no conflict.
     decide: From logits to a decision; the highest by default.
     classes: What is decided between, if not the classifier's classes.
+    beside: Shape biases of others, to be drawn with this one.
+    shown: So many images in conflict are shown with what they were named.
 
   Returns:
     The evaluator. "decisions" is how many images were named by their shape or
@@ -139,6 +203,7 @@ def cue_conflict(
     logits = classifier.logits(state, batch["image"])
     return {
       "mask": batch["mask"],
+      "index": batch["index"],
       "shape": jnp.asarray(batch["label"]),
       "texture": jnp.asarray(batch["texture"]),
       "prediction": decide(logits) if decide else jnp.argmax(logits, axis=-1),
@@ -189,9 +254,29 @@ def cue_conflict(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del state
-    return {
-      name: comparison.draw({"": plot}) for name, plot in plots(outputs).items()
-    }
+    plot = plots(outputs)["by class"]
+    figure = comparison.draw({"": plot})
+    axes = figure.axes[0]
+    decided = count(outputs)[:, :2].sum(axis=1)
+    axes.set_yticks(
+      range(len(named)),
+      [f"{name} ({n})" for name, n in zip(named, decided, strict=True)],
+    )
+    axes.set_ylabel("class (decisions)")
+    for row in beside:
+      if row.name == published.PEOPLE:
+        axes.axvline(row.value, linestyle=":", color="black")
+        place = row.value - 0.01, len(named) - 0.6
+        axes.text(*place, row.name, ha="right", fontsize=8)
+    drawn = {"by class": figure}
+    if beside and plot.whole is not None:
+      drawn["published"] = classifier_pictures.beside(
+        plot.whole, beside, value="shape bias"
+      )
+    sheet = classifier_pictures.decisions(
+      data, real_rows(outputs), named, most=shown
+    )
+    return drawn if sheet is None else {**drawn, "decisions": sheet}
 
   return Evaluator(data, step, summarize, pictures, plots)
 
@@ -203,7 +288,7 @@ def corruptions(
   names: Sequence[str],
   severities: Sequence[int],
   seed: int = 0,
-  baseline: robustness.Errors = robustness.ALEXNET_ERRORS,
+  baseline: robustness.Errors | None = None,
   baseline_clean_error: float = robustness.ALEXNET_CLEAN_ERROR,
 ) -> Evaluator:
   """The error on degraded images, by kind and severity.
@@ -218,7 +303,8 @@ def corruptions(
     severities: Some of 1 to 5.
     seed: Of what the corruptions draw, for each image by its number.
     baseline: Errors of another network, by corruption, at severities 1 to 5;
-      by default AlexNet's on ImageNet, for the 15 corruptions of ImageNet-C.
+      by default AlexNet's, for the 15 corruptions of ImageNet-C, if there are
+      ImageNet's 1,000 classes, and else none.
     baseline_clean_error: That of the other network on plain images.
 
   Returns:
@@ -231,9 +317,12 @@ def corruptions(
   """
   _check_cases(names, severities)
   measured = _Corruptions(
-    tuple(names), tuple(severities), baseline, baseline_clean_error
+    tuple((n, s) for n in names for s in severities),
+    _baseline(classifier, baseline),
+    baseline_clean_error,
   )
-  cases = measured.cases()
+  # The last is no corruption, if that can be compared.
+  cases = [*measured.cases, *([("", 0)] if measured.complete else [])]
 
   def degraded() -> Iterator[Batch]:
     for number in range(len(cases)):
@@ -265,60 +354,135 @@ def corruptions(
     state: TrainState, outputs: Sequence[PyTree]
   ) -> Mapping[str, Figure]:
     del state
-    errors, _ = measured.errors(outputs)
-    return {"severity": _curves(errors, names, severities)}
+    return {"severity": measured.curves(outputs)}
 
   return Evaluator(degraded, step, measured.summarize, pictures, measured.plots)
+
+
+def corrupted(
+  classifier: Classifier,
+  data: Data,
+  *,
+  cases: Callable[[], Sequence[Case]],
+  baseline: robustness.Errors | None = None,
+) -> Evaluator:
+  """The error on published corrupted images, by kind and severity.
+
+  Args:
+    classifier: The network.
+    data: With "corruption", the number of each image's case, as
+      `data/corrupted.py` gives all of them.
+    cases: Gives names and severities, in the order of their numbers; called
+      when the data have been read.
+    baseline: As in `corruptions`.
+
+  Returns:
+    The evaluator. "mce" is a fraction of the baseline's errors, where all that
+    it has is there; "mean_15_error" is the mean over the 15 corruptions of
+    ImageNet-C, where there are more.
+
+  Reference:
+    Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
+    Corruptions and Perturbations", ICLR 2019, Sec. 4.
+  """
+
+  def measured() -> _Corruptions:
+    return _Corruptions(tuple(cases()), _baseline(classifier, baseline))
+
+  def step(state: TrainState, batch: Batch) -> PyTree:
+    require(batch, "corruption", "errors on corrupted images")
+    logits = classifier.logits(state, batch["image"])
+    labels = jnp.asarray(batch["label"])
+    return {
+      "mask": batch["mask"],
+      "case": jnp.asarray(batch["corruption"]),
+      "wrong": 1 - classification.top_k_correct(logits, labels, k=1),
+    }
+
+  def pictures(
+    state: TrainState, outputs: Sequence[PyTree]
+  ) -> Mapping[str, Figure]:
+    del state
+    numbers = measured().summarize(outputs)
+    drawn = {"severity": measured().curves(outputs)}
+    if "mce" in numbers and baseline is None:
+      drawn["published"] = classifier_pictures.beside(
+        numbers["mce"], published.CORRUPTION_ERRORS, value="mCE"
+      )
+    return drawn
+
+  return Evaluator(
+    data,
+    step,
+    lambda outputs: measured().summarize(outputs),
+    pictures,
+    lambda outputs: measured().plots(outputs),
+  )
+
+
+def _baseline(
+  classifier: Classifier, given: robustness.Errors | None
+) -> robustness.Errors | None:
+  if given is None and len(classifier.classes) == 1000:
+    return robustness.ALEXNET_ERRORS
+  return given
 
 
 class _Corruptions(NamedTuple):
   """Which corruptions are measured, and what comes out."""
 
-  names: tuple[str, ...]
-  severities: tuple[int, ...]
-  baseline: robustness.Errors
-  baseline_clean_error: float
+  cases: tuple[Case, ...]
+  baseline: robustness.Errors | None
+  baseline_clean_error: float = math.nan
+
+  @property
+  def names(self) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in self.cases))
+
+  @property
+  def severities(self) -> list[int]:
+    return list(dict.fromkeys(severity for _, severity in self.cases))
 
   @property
   def complete(self) -> bool:
     """Whether all is there that can be compared with the baseline."""
-    known = set(self.baseline) <= set(self.names)
-    return known and sorted(self.severities) == [1, 2, 3, 4, 5]
-
-  def cases(self) -> list[tuple[str, int]]:
-    """Names and severities; the last is no corruption if they are complete."""
-    cases = [(n, s) for n in self.names for s in self.severities]
-    return [*cases, ("", 0)] if self.complete else cases
+    if self.baseline is None or sorted(self.severities) != [1, 2, 3, 4, 5]:
+      return False
+    needed = {(name, s) for name in self.baseline for s in self.severities}
+    return needed <= set(self.cases)
 
   def errors(self, outputs: Sequence[PyTree]) -> tuple[np.ndarray, float]:
-    """Errors [names, severities], and that on plain images, or NaN."""
+    """Errors [names, severities], and that on plain images; NaN for none."""
     rows = real_rows(outputs)
-    errors = [
-      _mean(rows["wrong"][rows["case"] == n]) for n in range(len(self.cases()))
-    ]
-    clean = errors.pop() if self.complete else math.nan
-    return np.reshape(errors, (len(self.names), len(self.severities))), clean
+    of = lambda number: _mean(rows["wrong"][rows["case"] == number])
+    table = np.full((len(self.names), len(self.severities)), np.nan)
+    for number, (name, severity) in enumerate(self.cases):
+      place = self.names.index(name), self.severities.index(severity)
+      table[place] = of(number)
+    return table, of(len(self.cases))
 
   def summarize(self, outputs: Sequence[PyTree]) -> Mapping[str, float]:
     errors, clean = self.errors(outputs)
-    out = {"mean_error": float(errors.mean())}
-    if math.isfinite(clean):
-      table = dict(zip(self.names, errors, strict=True))
-      out["clean_error"] = clean
-      out["mce"] = 0.01 * robustness.mean_corruption_error(
-        table, baseline=self.baseline, severities=self.severities
-      )
-      out["relative_mce"] = 0.01 * robustness.relative_mean_corruption_error(
-        table,
-        clean,
-        baseline=self.baseline,
-        baseline_clean_error=self.baseline_clean_error,
-        severities=self.severities,
-      )
-    for name, row in zip(self.names, errors, strict=True):
-      out[f"{name}_error"] = float(row.mean())
+    table = dict(zip(self.names, errors, strict=True))
+    out = {"mean_error": _there(errors)}
+    if set(robustness.ALEXNET_ERRORS) < set(table):
+      those = [table[name] for name in robustness.ALEXNET_ERRORS]
+      out["mean_15_error"] = _there(np.stack(those))
+    compared = [table.get(name, math.nan) for name in self.baseline or ()]
+    if self.complete and all(np.isfinite(row).all() for row in compared):
+      options: Any = {"baseline": self.baseline, "severities": self.severities}
+      if measured := math.isfinite(clean):
+        out["clean_error"] = clean
+      out["mce"] = 0.01 * robustness.mean_corruption_error(table, **options)
+      if measured:
+        options["baseline_clean_error"] = self.baseline_clean_error
+        out["relative_mce"] = 0.01 * robustness.relative_mean_corruption_error(
+          table, clean, **options
+        )
+    for name, row in table.items():
+      out[f"{name}_error"] = _there(row)
     for severity, column in zip(self.severities, errors.T, strict=True):
-      out[f"severity_{severity}_top1"] = 1 - float(column.mean())
+      out[f"severity_{severity}_top1"] = 1 - _there(column)
     return out
 
   def plots(self, outputs: Sequence[PyTree]) -> Mapping[str, comparison.Plot]:
@@ -326,18 +490,24 @@ class _Corruptions(NamedTuple):
     by_severity = comparison.Plot(
       "lines",
       self.severities,
-      errors.mean(axis=0).tolist(),
+      [_there(column) for column in errors.T],
       place="severity",
       value="error, mean over corruptions",
     )
     by_name = comparison.Plot(
       "bars",
       self.names,
-      errors.mean(axis=1).tolist(),
+      [_there(row) for row in errors],
       place="corruption",
       value="error, mean over severities",
     )
     return {"severity": by_severity, "kind": by_name}
+
+  def curves(self, outputs: Sequence[PyTree]) -> Figure:
+    errors, _ = self.errors(outputs)
+    rows = dict(zip(self.names, errors.tolist(), strict=True))
+    mean = [_there(column) for column in errors.T]
+    return classifier_pictures.curves({**rows, "mean": mean}, self.severities)
 
 
 def _check_cases(names: Sequence[str], severities: Sequence[int]) -> None:
@@ -486,55 +656,6 @@ def _mean(values: Any) -> float:
   return float(values.mean()) if values.size else float("nan")
 
 
-def _confusion(
-  labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]
-) -> Figure:
-  table = np.asarray(
-    classification.confusion_matrix(
-      labels, predictions, num_classes=len(classes)
-    ),
-    np.float64,
-  )
-  table /= np.maximum(table.sum(axis=1, keepdims=True), 1)
-  figure = Figure(figsize=(5, 4.5), layout="constrained")
-  axes = figure.subplots()
-  shown = axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
-  if len(classes) <= 32:
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7)
-  axes.set_xlabel("named")
-  axes.set_ylabel("true")
-  figure.colorbar(shown, label="share of the true class")
-  return figure
-
-
-def _calibration(confidence: np.ndarray, right: np.ndarray) -> Figure:
-  table = np.asarray(classification.reliability_table(confidence, right))
-  bins = len(table)
-  heights = table[:, 2] / np.maximum(table[:, 0], 1)
-  figure = Figure(figsize=(4, 3.6), layout="constrained")
-  axes = figure.subplots()
-  edges = np.arange(bins) / bins
-  axes.bar(edges, heights, width=1 / bins, align="edge", edgecolor="white")
-  axes.plot([0, 1], [0, 1], "--", color="gray")
-  axes.set_xlim(0, 1)
-  axes.set_ylim(0, 1)
-  axes.set_xlabel("confidence")
-  axes.set_ylabel("accuracy")
-  return figure
-
-
-def _curves(
-  errors: np.ndarray, names: Sequence[str], severities: Sequence[int]
-) -> Figure:
-  figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-  axes = figure.subplots()
-  for name, row in zip(names, errors, strict=True):
-    axes.plot(severities, row, marker="o", label=name)
-  axes.plot(severities, errors.mean(axis=0), "k--", label="mean")
-  axes.set_xticks(list(severities))
-  axes.set_ylim(0, 1)
-  axes.set_xlabel("severity")
-  axes.set_ylabel("error")
-  axes.legend(fontsize=7, ncols=2)
-  return figure
+def _there(values: np.ndarray) -> float:
+  """The mean of what is no NaN."""
+  return _mean(values[np.isfinite(values)])

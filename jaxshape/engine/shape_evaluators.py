@@ -7,7 +7,6 @@ on the batch size. Images and styles are 0..255 and restyled on the device.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 
 from jaxshape.data import sources
 from jaxshape.engine import comparison, evaluators, report
-from jaxshape.errors import InputError, few
+from jaxshape.errors import InputError
 from jaxshape.filters import stylization
 from jaxshape.metrics import dimensionality as metrics
 from jaxshape.system import Evaluator, TrainState
@@ -26,8 +25,6 @@ CONCEPTS = ("shape", "texture")
 SHOWN = 8
 # Examples that are looked at for one of another class.
 _TRIES = 8
-# A public stimulus is called by its shape, its texture and their numbers.
-_STIMULUS = re.compile(r"([A-Za-z_ ]+?)\d*-([A-Za-z_ ]+?)\d*\.\w+")
 
 
 def stylized(
@@ -243,55 +240,6 @@ def dimensionality(
     return {"neurons": bars, "pairs": sheet}
 
   return Evaluator(data, step, summarize, pictures, plots)
-
-
-class Stimuli:
-  """Images whose files say what their texture is, with it as "texture".
-
-  The public cue-conflict stimuli are called `cat1-bicycle2.png` and lie in the
-  folder of their shape. A texture that is no class is -1.
-  """
-
-  def __init__(
-    self, source: sources.Source, files: Sequence[str], classes: Sequence[str]
-  ):
-    """Reads the names.
-
-    Args:
-      source: The images.
-      files: Their names, maybe with folders before them.
-      classes: What textures are numbered by.
-
-    Raises:
-      InputError: A name says no texture, or no texture is a class.
-    """
-    self.source = source
-    found = [_STIMULUS.fullmatch(file.split("/")[-1]) for file in files]
-    if wrong := [f for f, m in zip(files, found, strict=True) if not m]:
-      raise InputError(
-        "cue-conflict images must be called by their shape and texture, such "
-        f"as cat1-bicycle2.png, got {few(wrong)}."
-      )
-    numbers = {name: i for i, name in enumerate(classes)}
-    self._textures = np.array(
-      [numbers.get(match[2], -1) for match in found if match], np.int32
-    )
-    if np.all(self._textures < 0):
-      raise InputError(
-        f"no texture of the {len(files)} cue-conflict images is one of the "
-        f"classes {few(classes)}."
-      )
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    """Those of the shapes, and of the textures."""
-    return self.source.classes
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, i: int) -> sources.Example:
-    return {**self.source[i], "texture": self._textures[i]}
 
 
 def _restyler(strength: float) -> Any:

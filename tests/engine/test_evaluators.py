@@ -445,7 +445,7 @@ def test_decisions_are_shown_beside_what_they_decided_between(batch_size):
   assert widths == sorted(widths)
   own = evaluator.summarize(outputs)["shape_bias"]
   assert widths[names.index("this network")] == pytest.approx(own)
-  assert "people (Geirhos et al. 2019, Sec. 3.2)" in names
+  assert "people (Geirhos et al. 2019, Sec. 3.1)" in names
 
 
 def test_without_a_conflict_there_is_no_sheet():

@@ -22,7 +22,7 @@ def test_corruption_errors_are_relative_to_the_stored_baseline():
 
 
 def test_shape_biases_are_those_of_the_paper():
-  # Sec. 3.2: people, and the shares of texture of four networks.
+  # Sec. 3.1: people, and the shares of texture of four networks.
   rows = {row.name: row.value for row in published.SHAPE_BIAS}
   texture = {
     "AlexNet": 57.1,
