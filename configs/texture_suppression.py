@@ -224,6 +224,7 @@ def _real(config: Config, mode: str) -> None:
     config.bench.corruption_examples = 1000
     config.bench.severities = (1, 3, 5)
     config.bench.filtered = "test"
+    config.bench.outlined = ("test",)
     config.steps = 1500
 
 

@@ -68,6 +68,8 @@ def defaults() -> Config:
   bench.restricted = ()
   # Splits for which it is shown where the network looks.
   bench.saliency = ()
+  # Splits whose images are reduced to their outlines.
+  bench.outlined = ()
   # Splits whose images are restyled before they are classified.
   bench.stylized = ()
   # The split whose images make pairs of one shape, and of one texture.
@@ -116,8 +118,9 @@ def evaluators(
 
   Returns:
     Evaluators by name: those of the splits, "cue_conflict", "stimuli_<split>",
-    "corruption", "corrupted", "saliency_<split>", "stylized_<split>",
-    "dimensionality", "transferred" and "white_box" (attacks).
+    "corruption", "corrupted", "saliency_<split>", "outlined_<split>",
+    "stylized_<split>", "dimensionality", "transferred" and "white_box", which
+    are attacks.
 
   Raises:
     InputError: A field of the bench is of another type or out of its range, or
@@ -149,6 +152,11 @@ def evaluators(
     judge, data, split = of(name)
     out[f"saliency_{_title(name)}"] = image_evaluators.saliency(
       judge, data.batches(split)
+    )
+  for name in bench.outlined:
+    judge, data, split = of(name)
+    out[f"outlined_{_title(name)}"] = shape_evaluators.changed(
+      judge, data.batches(split), shape_evaluators.outlines, name="outlines"
     )
   out |= _restyled(config, bench, of)
   out |= _attacks(config, bench, of)
@@ -270,13 +278,13 @@ def _checked(config: Config) -> Config:
 def _named(bench: Config) -> list[str]:
   """All splits that may be of the stimuli."""
   one = (bench.corruption_split, bench.dimensionality, bench.attacks.split)
-  return [*one, *bench.saliency, *bench.stylized]
+  return [*one, *bench.saliency, *bench.outlined, *bench.stylized]
 
 
 def _without_stimuli(bench: Config) -> Config:
   """A bench of which only what there is data for is left."""
   left = lambda name: "" if name.startswith(STIMULI) else name
-  for name in ("saliency", "stylized"):
+  for name in ("saliency", "outlined", "stylized"):
     bench[name] = tuple(filter(left, bench[name]))
   bench.dimensionality = left(bench.dimensionality)
   bench.attacks.split = left(bench.attacks.split)

@@ -4,7 +4,7 @@ Every number is a mean over rows, or made from all of them, so that none depends
 on the batch size. Images and styles are 0..255 and restyled on the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from jaxshape.data import sources
 from jaxshape.engine import comparison, evaluators, report
 from jaxshape.errors import InputError
-from jaxshape.filters import stylization
+from jaxshape.filters import color, stylization, threshold
 from jaxshape.metrics import dimensionality as metrics
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Batch, PyTree
@@ -69,6 +69,64 @@ def stylized(
     return {**drawn, "what is classified": sheet}
 
   return dataclasses.replace(plain, step=step, pictures=pictures)
+
+
+def changed(
+  classifier: evaluators.Classifier,
+  data: evaluators.Data,
+  change: Callable[[Array], Array],
+  *,
+  name: str,
+) -> Evaluator:
+  """Accuracy on images that are changed before they are classified.
+
+  Args:
+    classifier: The network.
+    data: The images as they are.
+    change: Float images 0..255 to what is classified, each by itself.
+    name: What the change is called, below the pictures.
+
+  Returns:
+    The evaluator; its numbers are those of `evaluators.accuracy`.
+  """
+
+  def images_of(images: evaluators.Images) -> Array:
+    return change(jnp.asarray(images, jnp.float32))
+
+  plain = evaluators.accuracy(
+    dataclasses.replace(
+      classifier,
+      features=lambda state, images: classifier.features(
+        state, images_of(images)
+      ),
+    ),
+    data,
+  )
+
+  def pictures(
+    state: TrainState, outputs: Sequence[PyTree]
+  ) -> Mapping[str, Figure]:
+    drawn = plain.pictures(state, outputs) if plain.pictures else {}
+    images = evaluators.first_rows(data, most=SHOWN)["image"]
+    shown = [images, np.asarray(images_of(images))]
+    sheet = report.image_sheet(shown, row_names=["original", name])
+    return {**drawn, "what is classified": sheet}
+
+  return dataclasses.replace(plain, pictures=pictures)
+
+
+def outlines(images: Array) -> Array:
+  """Dark lines on white, where images are darker than what surrounds them.
+
+  Args:
+    images: [batch, height, width, 3], 0..255.
+
+  Returns:
+    Images of the same shape, 0 or 255, grey.
+  """
+  grey = color.rgb_to_gray(images)
+  lines = threshold.adaptive(grey, block_size=9, offset=9.0)
+  return jnp.broadcast_to(lines, images.shape)
 
 
 class Pairs:

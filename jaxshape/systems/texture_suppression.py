@@ -23,14 +23,12 @@ Reference:
   Suppressing Texture", 2020.
 """
 
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Mapping
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxshape.data import augment, sources, suppression
 from jaxshape.engine import (
@@ -38,11 +36,11 @@ from jaxshape.engine import (
   classifiers,
   evaluators,
   pretrained,
-  report,
+  shape_evaluators,
 )
 from jaxshape.errors import InputError
 from jaxshape.layers import apply
-from jaxshape.system import Evaluator, System, TrainState
+from jaxshape.system import Evaluator, System
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 POLICIES = ("original", "union", "filtered", "probability")
@@ -190,39 +188,17 @@ def _evaluators(
   filtered = config.bench.filtered
   # The styles of "stylized" are a batch's own: no measure of a network.
   if filtered and config.suppression.filter != "stylized":
-    out[f"filtered_{filtered}"] = _on_filtered(
-      config.suppression, classifier, splits.batches(filtered)
+    strongest = lambda images: _filter(
+      config.suppression,
+      jax.random.key(0),  # Nothing is left to draw.
+      images,
+      share=1.0,
+      strongest=True,
+    )
+    out[f"filtered_{filtered}"] = shape_evaluators.changed(
+      classifier,
+      splits.batches(filtered),
+      strongest,
+      name=config.suppression.filter,
     )
   return out
-
-
-def _on_filtered(
-  config: Config,
-  classifier: evaluators.Classifier,
-  data: evaluators.Data,
-) -> Evaluator:
-  """Accuracy on images without their texture, and what they look like."""
-
-  def strongest(images: evaluators.Images) -> Array:
-    images = jnp.asarray(images, jnp.float32)
-    key = jax.random.key(0)  # Nothing is left to draw.
-    return _filter(config, key, images, share=1.0, strongest=True)
-
-  evaluator = evaluators.accuracy(
-    dataclasses.replace(
-      classifier,
-      features=lambda state, images: classifier.features(
-        state, strongest(images)
-      ),
-    ),
-    data,
-  )
-
-  def pictures(state: TrainState, outputs: Sequence[PyTree]) -> Mapping:
-    del state, outputs
-    images = evaluators.first_rows(data, most=8)["image"]
-    shown = [images, np.asarray(strongest(images))]
-    sheet = report.image_sheet(shown, row_names=["original", config.filter])
-    return {"what the filter does": sheet}
-
-  return dataclasses.replace(evaluator, pictures=pictures)

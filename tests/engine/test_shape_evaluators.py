@@ -67,6 +67,38 @@ def _run(make, batch_size, source, **options):
   return *runtime.evaluate(evaluator, STATE, MESH), evaluator
 
 
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_changed_images_are_what_is_classified(batch_size):
+  change = lambda images: 255 - images[:, ::-1]
+  numbers, outputs, evaluator = _run(
+    shape_evaluators.changed, batch_size, SOURCE, change=change, name="upset"
+  )
+  right = [
+    _classifier().logits(STATE, change(image[None]))[0].argmax() == label
+    for image, label, real in zip(
+      np.float32(SOURCE.images), SOURCE.labels, SOURCE.mask, strict=True
+    )
+    if real
+  ]
+  assert 0 < np.mean(right) < 1
+  np.testing.assert_allclose(numbers["top1"], np.mean(right), rtol=1e-6)
+  figure = evaluator.pictures(STATE, outputs)["what is classified"]
+  shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+  assert len(shown) == 2 * min(8, int(SOURCE.mask[:batch_size].sum()))
+
+
+def test_outlines_are_dark_on_white_and_flat_areas_empty():
+  image = np.full((1, 24, 24, 3), 200, np.float32)
+  image[:, 8:16, 8:16] = (30, 90, 60)
+  lines = np.asarray(shape_evaluators.outlines(jnp.asarray(image)))
+  assert set(np.unique(lines)) == {0, 255}
+  assert (lines == lines[..., :1]).all()
+  # Beside a border the mean of 9 pixels holds both; far from it, one alone.
+  assert (lines[0, 8, 8:16] == 0).all()
+  assert (lines[0, :4] == 255).all()
+  assert (lines[0, 7, 8:16] == 255).all()
+
+
 def _restyled(image, style):
   return np.asarray(
     stylization.match_statistics(np.float32(image), np.float32(style))
