@@ -22,6 +22,7 @@ ones are resized to 232.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxshape.backbones import efficientnet
 from jaxshape.engine import bench, settings
@@ -78,6 +79,7 @@ def get_config(mode: str = "efficientnet_lite0") -> Config:
   config.data.options.resize_to = 256
   config.data.options.interpolation = "bilinear"
   config.data.options.crop = "random"  # In training alone.
+  config.data.options.skip_damaged = placeholder(bool)  # Of folders.
 
   config.augment = ConfigDict()
   config.augment.horizontal_flip = ConfigDict()

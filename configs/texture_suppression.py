@@ -183,6 +183,8 @@ def _real(config: Config, mode: str) -> None:
   config.data.options = ConfigDict()
   # Every picture is decoded once; of a whole data set, at these sizes.
   config.data.options.cache = 2**30
+  config.data.options.skip_damaged = placeholder(bool)
+  config.data.options.classes = placeholder(tuple)  # Their order.
   config.augment = ConfigDict()
   config.augment.random_crop = ConfigDict({"padding": 4})
   config.augment.horizontal_flip = ConfigDict()
@@ -236,6 +238,7 @@ def _domains(config: Config) -> None:
   config.data.train_split = "photo_train"
   config.data.eval_splits = ("photo_val", "art_painting", "cartoon", "sketch")
   config.data.options.resize_to = config.data.get_ref("image_size")
+  config.data.options.validation = placeholder(float)  # Share of a domain.
 
 
 CORRUPTIONS = (

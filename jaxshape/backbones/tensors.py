@@ -47,7 +47,7 @@ class Tensors:
       The array; it is not given again.
     """
     if name not in self.given:
-      self._missing.append(name)
+      self._missing.append(f"{name} {tuple(shape)}")
       return None
     value = np.asarray(self.given.pop(name))
     if value.shape != tuple(shape):
@@ -67,7 +67,7 @@ class Tensors:
     """
     faults = {
       "missing": self._missing,
-      "not known": list(self.given),
+      "not known": [f"{k} {np.shape(v)}" for k, v in self.given.items()],
       "of another shape": self._shapes,
     }
     said = [f"{kind}: {few(names)}" for kind, names in faults.items() if names]

@@ -104,7 +104,8 @@ class Folder(decode.Decoded):
         return self._read(i, rng)
       except decode.DamagedError as error:
         raise decode.DamagedError(
-          f"{error} Replace it, or set data.options.skip_damaged=True."
+          f"{error} Replace it, or set data.options.skip_damaged=True (for "
+          "stimuli and corrupted files that of their own options in bench)."
         ) from error
     drawn = {} if rng is None else rng.bit_generator.state
     for j in (*range(i, n), *range(i)):

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 import numpy as np
 
 from jaxshape.data import cue_conflict, sources, stream, styles
@@ -62,7 +63,7 @@ def defaults() -> Config:
   # what that takes. Where there are ImageNet's 1,000 classes, folders are
   # called by WordNet ids unless this says otherwise.
   bench.corrupted = ""
-  bench.corrupted_options = ConfigDict()
+  bench.corrupted_options = _options(wordnet=bool, classes=tuple)
   # Splits of `data.eval_splits` that hold some of the classes, such as
   # ImageNet-A and -R: the network chooses among those alone.
   bench.restricted = ()
@@ -98,9 +99,15 @@ def defaults() -> Config:
   # their splits whose accuracy is measured. They are shown whole: unless the
   # options say otherwise, they are resized to the network's size, not cut.
   bench.stimuli = ""
-  bench.stimuli_options = ConfigDict()
+  bench.stimuli_options = _options(resize_to=int, interpolation=str)
   bench.stimuli_splits = ()
   return bench
+
+
+def _options(**types: type) -> Config:
+  """Options that commands can set; what is not set is not given."""
+  types = {"skip_damaged": bool, **types}
+  return ConfigDict({name: placeholder(kind) for name, kind in types.items()})
 
 
 def evaluators(
@@ -196,7 +203,7 @@ def _checked(config: Config) -> Config:
   """The fields of a config's bench, with the defaults of those it lacks."""
   bench = defaults()
   try:
-    bench.update(config.bench)
+    bench.update(config.bench.copy_and_resolve_references())
   except TypeError as error:
     raise InputError(f"config.bench: {str(error).splitlines()[0]}") from error
   attacks, some = bench.attacks, ("corruption", "dimensionality")
@@ -378,7 +385,8 @@ class _Stimuli(classifiers.Splits):
     self, split: str, *, checked: bool = True, **changed: Any
   ) -> sources.Source:
     """Opens a split anew, for an evaluator."""
-    bench, options = self._bench, self._bench.stimuli_options.to_dict()
+    bench = self._bench
+    options = classifiers.given(bench.stimuli_options)
     if checked and self.alone and split != bench.cue_conflict:
       raise InputError(
         f"config.bench.stimuli={bench.stimuli!r} holds one kind of stimuli, "
@@ -396,6 +404,7 @@ class _Stimuli(classifiers.Splits):
       bench.stimuli,
       split=split,
       image_size=self._data.image_size,
+      data_dir=self._data.data_dir or None,
       **{**options, **changed},
     )
     if not len(found):
@@ -412,14 +421,20 @@ class _Stimuli(classifiers.Splits):
 def _corrupted(
   config: Config, bench: Config, classifier: Classifier
 ) -> Evaluator:
-  options = bench.corrupted_options.to_dict()
+  options = classifiers.given(bench.corrupted_options)
   if not {"classes", "wordnet"} & set(options):
     options["wordnet"] = len(classifier.classes) == 1000
+  if "interpolation" in config.data.options:
+    options.setdefault("interpolation", config.data.options.interpolation)
 
   @functools.cache
   def source() -> Any:
     return sources.load(
-      bench.corrupted, split="all", image_size=config.data.image_size, **options
+      bench.corrupted,
+      split="all",
+      image_size=config.data.image_size,
+      data_dir=config.data.data_dir or None,
+      **options,
     )
 
   def examples() -> Any:

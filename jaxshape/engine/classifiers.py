@@ -220,6 +220,11 @@ def _weights(config: Config, net: Any) -> Weights:
   return Weights(load, save)
 
 
+def given(options: Config) -> dict[str, Any]:
+  """The options of data that are set: all but None."""
+  return {k: v for k, v in options.to_dict().items() if v is not None}
+
+
 class Splits:
   """The splits of a config's data set, all with the labels of training.
 
@@ -246,8 +251,12 @@ class Splits:
       try:
         first = config.data.eval_splits[0]
         classes = self.open(first, checked=False).classes
-      except (IndexError, InputError):
+      except IndexError:
         raise error from None
+      except InputError as other:
+        # What is evaluated may be all there is, and hold what is wrong.
+        texts = dict.fromkeys((str(error), str(other)))
+        raise InputError(" ".join(texts)) from None
     if len(classes) < 2:
       raise InputError(
         f"config.data.source={config.data.source!r} must have two classes or "
@@ -279,7 +288,7 @@ class Splits:
       split=split,
       image_size=data.image_size,
       data_dir=data.data_dir or None,
-      **{**data.options.to_dict(), **changed},
+      **{**given(data.options), **changed},
     )
     if checked and tuple(source.classes) != self.classes:
       differ = sorted(set(source.classes) ^ set(self.classes))

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxshape.backbones import registry
 from jaxshape.engine import (
+  abstract,
   checkpoints,
   classifiers,
   command,
@@ -81,7 +82,8 @@ def start(config: Config, net: Any) -> classifiers.Start | None:
   head = registry.find(config.backbone).HEAD
 
   def taken(params: PyTree, collections: PyTree) -> tuple[PyTree, PyTree]:
-    del collections
+    if abstract.asked():
+      return params, collections
     backbone, statistics = jax.tree.map(jnp.asarray, load(config, net))
     return {**backbone, head: params[head]}, statistics
 

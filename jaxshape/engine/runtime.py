@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from jaxshape.engine import checkpoints, processes
+from jaxshape.engine import abstract, checkpoints, processes
 from jaxshape.errors import InputError, reading_config
 from jaxshape.system import Evaluator, System, TrainState
 from jaxshape.typing import Batch, Config, PyTree
@@ -105,7 +105,7 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
 def abstract_state(init: Init, key: jax.Array, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state that `init` makes."""
   with reading_config():
-    shapes = jax.eval_shape(init, key)
+    shapes = abstract.shapes(init, key)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding

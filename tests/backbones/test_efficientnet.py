@@ -416,7 +416,7 @@ def test_state_dict_refuses_by_name():
   name = "_blocks.1._bn2.bias"
   lacking = {k: v for k, v in tensors.items() if k != name}
   for given, message in (
-    (lacking, r"missing: _blocks\.1\._bn2\.bias\."),
+    (lacking, r"missing: _blocks\.1\._bn2\.bias \(16,\)\."),
     (tensors | {"_blocks.9.x": np.ones(2)}, "not known: _blocks.9.x"),
     (tensors | {name: np.ones(9)}, r"_bn2.bias \(9,\) instead of \(16,\)"),
     ({}, "EfficientNet of 3 blocks.* 5 classes; missing: .* more"),

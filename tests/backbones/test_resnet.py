@@ -300,7 +300,7 @@ def test_state_dict_refuses_by_name():
   tensors = resnet.to_state_dict(module, *_drawn(module))
   lacking = {k: v for k, v in tensors.items() if k != "layer1.0.bn2.bias"}
   for given, message in (
-    (lacking, r"missing: layer1\.0\.bn2\.bias\."),
+    (lacking, r"missing: layer1\.0\.bn2\.bias \(4,\)\."),
     (tensors | {"layer9.x": np.ones(2)}, "not known: layer9.x"),
     (tensors | {"bn1.bias": np.ones(9)}, r"bn1.bias \(9,\) instead of \(4,"),
     ({}, "missing: .* more"),

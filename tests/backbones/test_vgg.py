@@ -227,7 +227,7 @@ def test_state_dict_refuses_by_name():
   tensors = vgg.to_state_dict(net, *drawn(net))
   lacking = {k: v for k, v in tensors.items() if k != "29.bias"}
   for given, message in (
-    (lacking, r"Encoder of width 2; missing: 29\.bias\."),
+    (lacking, r"Encoder of width 2; missing: 29\.bias \(16,\)\."),
     (tensors | {"33.weight": np.ones(2)}, "not known: 33.weight"),
     (tensors | {"2.bias": np.ones(9)}, r"2.bias \(9,\) instead of \(2,"),
     ({}, "missing: .* more"),

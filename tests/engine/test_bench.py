@@ -1,5 +1,6 @@
 import functools
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,26 @@ def test_imagenet_heads_decide_between_16_categories(stimuli, kind):
   assert list(figures) == ["by class", "published", "decisions"]
   got, _ = runtime.evaluate(made["stimuli_edges"], STATE, MESH)
   assert got["top1"] == pytest.approx(right / len(rows))
+
+
+def test_options_that_commands_can_set_are_given_where_they_are_set(
+  stimuli, tmp_path
+):
+  root, _ = stimuli
+  copy = shutil.copytree(root, tmp_path / "stimuli")
+  (first, *_) = sorted((copy / "conflict").glob("*/*.png"))
+  first.write_bytes(first.read_bytes()[:50])
+  config = _imagenet(copy)
+  assert config.bench.stimuli_options.skip_damaged is None
+  with pytest.raises(InputError, match=f"{first.name} is damaged"):
+    list(_measurers(config)["cue_conflict"].data())
+  config.bench.stimuli_options.skip_damaged = True
+  # As a run's config is read again.
+  config.bench = ConfigDict(config.bench.to_dict())
+  batches = list(_measurers(config)["cue_conflict"].data())
+  all_batches = _measurers(_imagenet(root))["cue_conflict"].data()
+  count = lambda found: sum(float(np.sum(b["mask"])) for b in found)
+  assert count(batches) == count(all_batches) - 1
 
 
 def test_stimuli_are_shown_whole(stimuli):

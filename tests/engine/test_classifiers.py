@@ -67,6 +67,13 @@ def test_a_part_of_a_split_is_drawn_once_and_for_all(root):
   assert len(splits.some("val", most=6)) == len(splits.some("val")) == 6
 
 
+def test_what_is_wrong_is_said_also_where_only_evaluation_is_at_hand(root):
+  splits = {"data.train_split": "none", "data.eval_splits": ("nowhere",)}
+  config = _config(root, **splits)
+  with pytest.raises(InputError, match=r"split 'none'.*split 'nowhere'"):
+    classifiers.Splits(config)
+
+
 def test_other_classes_than_in_training_are_refused(root):
   splits = classifiers.Splits(_config(root))
   with pytest.raises(InputError, match="'other'.*cow, dog"):

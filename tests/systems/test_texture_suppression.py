@@ -12,7 +12,7 @@ from scipy import ndimage
 from configs import texture_suppression as configs
 from jaxshape import system as system_lib
 from jaxshape.data import textured_shapes
-from jaxshape.engine import checkpoints, pytorch
+from jaxshape.engine import checkpoints, pytorch, runtime
 from jaxshape.errors import InputError
 from jaxshape.filters import (
   bilateral,
@@ -371,9 +371,16 @@ def test_weights_have_the_names_of_the_backbones_public_code(tmp_path):
   # Another task begins with all but the head.
   path = tmp_path / "a.safetensors"
   pytorch.save(path, tensors)
-  begun = jax.jit(system_lib.load(_config(pretrained=str(path))).init)(
-    jax.random.key(5)
-  )
+  tuned = system_lib.load(_config(pretrained=str(path)))
+  begun = jax.jit(tuned.init)(jax.random.key(5))
   ours, theirs = dict(begun.params["net"]), dict(state.params["net"])
   assert np.abs(ours.pop("fc")["kernel"] - theirs.pop("fc")["kernel"]).max() > 0
   chex.assert_trees_all_equal(ours, theirs)
+  # A run is read from its checkpoint, also where the file is gone.
+  path.unlink()
+  tuned = system_lib.load(_config(pretrained=str(path)))
+  mesh = runtime.make_mesh({"data": -1, "model": 1})
+  shapes = runtime.abstract_state(tuned.init, KEY, mesh)
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes.params, begun.params)
+  with pytest.raises(InputError, match=r"a\.safetensors is not there"):
+    tuned.init(KEY)
