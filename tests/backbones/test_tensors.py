@@ -38,7 +38,7 @@ def test_all_faults_are_told_at_once():
   assert given.take("c.weight", (1,)) is None
   with pytest.raises(
     InputError,
-    match=r"do not fit it; missing: c.weight \(1,\); not known: b.weight \(4,\); "
-    r"of another shape: a.weight \(2, 3\) instead of \(3, 2\)\.",
+    match=r"do not fit it; missing: c.weight \(1,\); "
+    r"not known: b.weight \(4,\); of another shape: a.weight \(2, 3\) instead of \(3, 2\)\.",
   ):
     given.finish("it")
