@@ -39,6 +39,7 @@ def test_all_faults_are_told_at_once():
   with pytest.raises(
     InputError,
     match=r"do not fit it; missing: c.weight \(1,\); "
-    r"not known: b.weight \(4,\); of another shape: a.weight \(2, 3\) instead of \(3, 2\)\.",
+    r"not known: b.weight \(4,\); of another shape: "
+    r"a.weight \(2, 3\) instead of \(3, 2\)\.",
   ):
     given.finish("it")
