@@ -324,7 +324,10 @@ def _evaluators(
 
 def _with_maps(config: Config, splits: classifiers.Splits) -> stream.Batches:
   """The split whose maps the pseudo-labels are compared with."""
-  source = splits.open(config.bench.cam_split, task="segmentation")
+  # Maps also have a background.
+  source = splits.open(
+    config.bench.cam_split, checked=False, task="segmentation"
+  )
   return stream.evaluate(source, batch_size=config.batch_size)
 
 

@@ -1,16 +1,19 @@
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import pkgutil
 import re
 
 import numpy as np
+from PIL import Image
 import pytest
 from scipy import stats
 
 from benchmarks import claims
 from benchmarks.claims import __main__ as claims_main
+from benchmarks.claims import pacs_photo
 from jaxshape import system as system_lib
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -176,8 +179,23 @@ def test_the_page_says_what_made_it():
     assert name in text
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+  """A folder in which lies what studies of real pictures read."""
+  root = tmp_path_factory.mktemp("real")
+  domains = [f"pacs/{d}" for d in ("photo", *pacs_photo.DOMAINS)]
+  for part in (*domains, "cifar10/train", "cifar10/test"):
+    for name, number in itertools.product(("dog", "cat"), range(8)):
+      path = root / part / name / f"{number}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("RGB", (8, 8), (30 * number, 90, 0)).save(path)
+  return str(root)
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_studies_change_fields_that_exist_and_claim_what_is_measured(name):
+def test_studies_change_fields_that_exist_and_claim_what_is_measured(
+  name, real
+):
   study = importlib.import_module(f"benchmarks.claims.{name}").STUDY
   path, mode = study.config.split(":")
   module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
@@ -186,6 +204,8 @@ def test_studies_change_fields_that_exist_and_claim_what_is_measured(name):
   for variant in (*first, *study.variants):
     config = module.get_config(mode)
     config.update_from_flattened_dict(study.changes(variant, 7, "runs"))
+    if config.data.source.startswith(("domains:", "folder:")):
+      config.data.data_dir = real
     names |= set(system_lib.load(config.lock()).evaluators)
   for claim in study.claims:
     assert {claim.better, claim.than} <= set(study.variants)
