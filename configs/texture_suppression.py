@@ -174,23 +174,16 @@ def get_config(mode: str = "imagenet") -> Config:
   return config
 
 
-def _real(config: Config, mode: str) -> None:
-  """Minutes on one core: small networks on small pictures."""
+def _small(config: Config) -> None:
+  """A small network that is trained in minutes, on one core."""
   config.backbone = "resnet8"
   config.width = 32
   config.stem = "imagenet"
   config.data.workers = 0
   config.data.options = ConfigDict()
-  # Every picture is decoded once; of a whole data set, at these sizes.
-  config.data.options.cache = 2**30
-  config.data.options.skip_damaged = placeholder(bool)
-  config.data.options.classes = placeholder(tuple)  # Their order.
   config.augment = ConfigDict()
   config.augment.random_crop = ConfigDict({"padding": 4})
   config.augment.horizontal_flip = ConfigDict()
-  config.bench.corruption_split = ""
-  config.bench.saliency = ()
-  config.bench.filtered = ""
   config.batch_size = 32
   config.steps = 600
   config.save_every = 300
@@ -201,6 +194,18 @@ def _real(config: Config, mode: str) -> None:
   config.optimizer.weight_decay = 0.05
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
+
+
+def _real(config: Config, mode: str) -> None:
+  """Small pictures that were really taken."""
+  _small(config)
+  # Every picture is decoded once; of a whole data set, at these sizes.
+  config.data.options.cache = 2**30
+  config.data.options.skip_damaged = placeholder(bool)
+  config.data.options.classes = placeholder(tuple)  # Their order.
+  config.bench.corruption_split = ""
+  config.bench.saliency = ()
+  config.bench.filtered = ""
   if mode.startswith("domains"):
     _domains(config)
   if mode == "domains_finetune":
@@ -254,9 +259,7 @@ CORRUPTIONS = (
 
 def _generated(config: Config) -> None:
   """Minutes on two cores: a small network on `textured_shapes`."""
-  config.backbone = "resnet8"
-  config.width = 32
-  config.stem = "imagenet"
+  _small(config)
   config.mean = (127.5, 127.5, 127.5)
   config.std = (64.0, 64.0, 64.0)
   config.suppression.sigma = (2.9, 5.7)  # 10..20 at 224 px, for 64 px.
@@ -268,16 +271,10 @@ def _generated(config: Config) -> None:
     "outline",
     "silhouette",
   )
-  config.data.workers = 0
-  config.data.options = ConfigDict()
   config.data.options.num_examples = placeholder(int)  # Of each split.
   config.data.options.texture_correlation = 0.97
   config.data.options.seed = 0
-  config.augment = ConfigDict()
-  config.augment.random_crop = ConfigDict(
-    {"padding": config.data.image_size // 10}
-  )
-  config.augment.horizontal_flip = ConfigDict()
+  config.augment.random_crop.padding = config.data.image_size // 10
   config.bench.cue_conflict = "cue_conflict"
   config.bench.corruption_split = "test"
   config.bench.corruptions = CORRUPTIONS
@@ -285,13 +282,4 @@ def _generated(config: Config) -> None:
   config.bench.severities = (1, 3, 5)
   config.bench.saliency = ("test", "outline")
   config.bench.filtered = "test"
-  config.batch_size = 32
   config.steps = 1200
-  config.save_every = 300
-  config.eval_every = 0
-  config.best_metric = ""
-  config.optimizer.name = "adamw"
-  config.optimizer.learning_rate = 0.01
-  config.optimizer.weight_decay = 0.05
-  config.optimizer.schedule = "cosine"
-  config.optimizer.warmup_steps = 100

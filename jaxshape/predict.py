@@ -121,7 +121,7 @@ def load(
 def _decoder(config: Config, splits: classifiers.Splits) -> decode.Decoder:
   """How the run's data are cut in evaluation."""
   data = config.data
-  options = data.options.to_dict()
+  options = classifiers.given(data.options)
   if options.get("fit", "crop") != "crop":
     raise InputError(
       f"the run pads its images (config.data.options.fit={options['fit']!r}), "

@@ -24,7 +24,6 @@ Note:
 """
 
 from collections.abc import Mapping, Sequence
-import difflib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -36,10 +35,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones.tensors import Tensors
-from jaxshape.errors import InputError
+from jaxshape.backbones import registry
+from jaxshape.backbones.tensors import LEAVES, Tensors, shapes, transposed
 from jaxshape.filters import batches
-from jaxshape.layers import apply
 from jaxshape.typing import Array, ArrayLike, Float, PyTree, typed
 
 Dtype = Any
@@ -377,15 +375,7 @@ def make(
   Raises:
     InputError: There is no such name.
   """
-  if name not in VARIANTS:
-    near = difflib.get_close_matches(name, VARIANTS, n=1)
-    raise InputError(
-      f"{name!r} is no backbone; "
-      + (f"did you mean {near[0]!r}? " if near else "")
-      + "There are: "
-      + ", ".join(VARIANTS)
-    )
-  variant = VARIANTS[name]
+  variant = registry.variant(name, VARIANTS)
   return EfficientNet(
     num_classes=num_classes,
     wider=variant.wider,
@@ -396,14 +386,6 @@ def make(
     dropout=variant.dropout,
     dtype=dtype,
   )
-
-
-_LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "mean": "running_mean",
-  "var": "running_var",
-}
 
 
 @typed
@@ -422,7 +404,7 @@ def to_state_dict(
   """
   del net  # Parts are called alike in all of them.
   return {
-    _key(path): _transposed(np.asarray(leaf)).copy()
+    _key(path): transposed(np.asarray(leaf)).copy()
     for tree in (params, collections.get("batch_stats", {}))
     for path, leaf in traverse_util.flatten_dict(tree).items()
   }
@@ -451,33 +433,18 @@ def from_state_dict(
   """
   given = Tensors(tensors)
   given.drop(() if head else f"_{HEAD}.")
-  image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
-  key = jax.random.key(0)
-  params, collections = jax.eval_shape(
-    lambda x: apply.init(net, key, x, train=False), image
-  )
+  params, collections = shapes(net)
   if not head:
     params = {name: part for name, part in params.items() if name != HEAD}
 
-  def read(path: tuple[str, ...], leaf: Any) -> Any:
-    shape = _transposed(np.broadcast_to(0, leaf.shape)).shape
-    value = given.take(_key(path), shape)
-    if value is None:
-      return None
-    return np.ascontiguousarray(_transposed(value, back=True), leaf.dtype)
-
-  trees = [
-    traverse_util.unflatten_dict(
-      {p: read(p, leaf) for p, leaf in traverse_util.flatten_dict(tree).items()}
-    )
-    for tree in (params, collections["batch_stats"])
-  ]
+  filled = given.fill(params, _key)
+  statistics = given.fill(collections["batch_stats"], _key)
   blocks = sum(name.startswith("blocks_") for name in params)
   given.finish(
     f"an EfficientNet{'-Lite' if net.lite else ''} of {blocks} blocks, width "
     f"{net.width} * {net.wider} and {net.num_classes} classes"
   )
-  return trees[0], {"batch_stats": trees[1]}
+  return filled, {"batch_stats": statistics}
 
 
 def _key(path: Sequence[str]) -> str:
@@ -486,14 +453,7 @@ def _key(path: Sequence[str]) -> str:
   if parts[0].startswith("blocks_"):
     parts[:1] = ["blocks", parts[0].removeprefix("blocks_")]
   parts = [part if part.isdigit() else f"_{part}" for part in parts]
-  return ".".join([*parts, _LEAVES.get(leaf, leaf)])
-
-
-def _transposed(array: np.ndarray, *, back: bool = False) -> np.ndarray:
-  """In PyTorch's layout, or from it."""
-  if array.ndim == 4:
-    return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
-  return array.T
+  return ".".join([*parts, LEAVES.get(leaf, leaf)])
 
 
 def _norm(dtype: Dtype, **options: Any) -> nn.BatchNorm:

@@ -64,6 +64,28 @@ def names() -> list[str]:
   return sorted(name for module in _modules() for name in module.VARIANTS)
 
 
+def variant(name: str, variants: Mapping[str, Any]) -> Any:
+  """What a name stands for.
+
+  Args:
+    name: Of a network.
+    variants: All there are, by name.
+
+  Returns:
+    Its value.
+
+  Raises:
+    InputError: There is no such name.
+  """
+  if name in variants:
+    return variants[name]
+  near = difflib.get_close_matches(name, variants, n=1)
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  raise InputError(
+    f"{name!r} is no backbone; {hint}There are: {', '.join(variants)}"
+  )
+
+
 def find(name: str) -> Backbone:
   """The module that makes a network.
 
@@ -76,14 +98,8 @@ def find(name: str) -> Backbone:
   Raises:
     InputError: There is no such name.
   """
-  for module in _modules():
-    if name in module.VARIANTS:
-      return module
-  near = difflib.get_close_matches(name, names(), n=1)
-  hint = f"did you mean {near[0]!r}? " if near else ""
-  raise InputError(
-    f"{name!r} is no backbone; {hint}There are: {', '.join(names())}"
-  )
+  known = {own: module for module in _modules() for own in module.VARIANTS}
+  return variant(name, dict(sorted(known.items())))
 
 
 def make(

@@ -14,21 +14,18 @@ Reference:
 """
 
 from collections.abc import Mapping, Sequence
-import difflib
 from functools import partial
 import re
 from typing import Any, NamedTuple
 
 from flax import traverse_util
 import flax.linen as nn
-import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones.tensors import Tensors
-from jaxshape.errors import InputError
-from jaxshape.layers import apply
+from jaxshape.backbones import registry
+from jaxshape.backbones.tensors import LEAVES, Tensors, shapes, transposed
 from jaxshape.typing import Array, ArrayLike, Bool, Float, PyTree, typed
 
 Dtype = Any
@@ -312,15 +309,7 @@ def make(
   Raises:
     InputError: There is no such name.
   """
-  if name not in VARIANTS:
-    near = difflib.get_close_matches(name, VARIANTS, n=1)
-    raise InputError(
-      f"{name!r} is no backbone; "
-      + (f"did you mean {near[0]!r}? " if near else "")
-      + "There are: "
-      + ", ".join(VARIANTS)
-    )
-  variant = VARIANTS[name]
+  variant = registry.variant(name, VARIANTS)
   return ResNet(
     stage_sizes=variant.stage_sizes,
     block=variant.block,
@@ -338,12 +327,6 @@ _PLACES = {
   "conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6",
   "layer4": "7",
 }  # fmt: skip
-_LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "mean": "running_mean",
-  "var": "running_var",
-}
 # What the retrieval networks of the public code have besides their features.
 _RETRIEVAL = ("pool.", "whiten.", "lwhiten.")
 
@@ -378,7 +361,7 @@ def to_state_dict(
   for tree in (params, collections.get("batch_stats", {})):
     for path, leaf in traverse_util.flatten_dict(tree).items():
       if path[0] != "fc" or prefix is None:
-        tensors[_key(path, prefix)] = _transposed(np.asarray(leaf)).copy()
+        tensors[_key(path, prefix)] = transposed(np.asarray(leaf)).copy()
   return tensors
 
 
@@ -420,34 +403,18 @@ def from_state_dict(
   elif not head:
     ignored = "fc."
   given.drop(ignored)
-  image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
-  key = jax.random.key(0)
-  params, collections = jax.eval_shape(
-    lambda x: apply.init(net, key, x, train=False), image
-  )
+  params, collections = shapes(net)
   if prefix is not None or not head:
     params = {name: part for name, part in params.items() if name != "fc"}
 
-  def read(path: tuple[str, ...], leaf: Any) -> Any:
-    shape = _transposed(np.broadcast_to(0, leaf.shape)).shape
-    value = given.take(_key(path, prefix), shape)
-    if value is None:
-      return None
-    return np.ascontiguousarray(_transposed(value, back=True), leaf.dtype)
-
-  trees = [
-    traverse_util.unflatten_dict(
-      {path: read(path, leaf) for path, leaf in flat.items()}
-    )
-    for flat in map(
-      traverse_util.flatten_dict, (params, collections["batch_stats"])
-    )
-  ]
+  name = lambda path: _key(path, prefix)
+  filled = given.fill(params, name)
+  statistics = given.fill(collections["batch_stats"], name)
   given.finish(
     f"a residual network of {net.block} blocks {tuple(net.stage_sizes)}, width "
     f"{net.width} and {net.num_classes} classes"
   )
-  return trees[0], {"batch_stats": trees[1]}
+  return filled, {"batch_stats": statistics}
 
 
 def _key(path: Sequence[str], prefix: str | None) -> str:
@@ -462,14 +429,7 @@ def _key(path: Sequence[str], prefix: str | None) -> str:
     )
     for name in inner
   ]
-  return ".".join([part, *number, *inner, _LEAVES.get(leaf, leaf)])
-
-
-def _transposed(array: np.ndarray, *, back: bool = False) -> np.ndarray:
-  """In PyTorch's layout, or from it."""
-  if array.ndim == 4:
-    return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
-  return array.T
+  return ".".join([part, *number, *inner, LEAVES.get(leaf, leaf)])
 
 
 def _strided(mask: Any, stride: int) -> Any:

@@ -18,7 +18,6 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping
-import difflib
 import functools
 import math
 from typing import Any
@@ -30,8 +29,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones.tensors import Tensors
-from jaxshape.errors import InputError
+from jaxshape.backbones import registry
+from jaxshape.backbones.tensors import LEAVES, Tensors
 from jaxshape.layers import apply
 from jaxshape.typing import Array, ArrayLike, Float, PyTree, typed
 
@@ -345,15 +344,7 @@ def make(
   Raises:
     InputError: There is no such name.
   """
-  if name not in VARIANTS:
-    near = difflib.get_close_matches(name, VARIANTS, n=1)
-    raise InputError(
-      f"{name!r} is no backbone; "
-      + (f"did you mean {near[0]!r}? " if near else "")
-      + "There are: "
-      + ", ".join(VARIANTS)
-    )
-  blocks, batch_norm = VARIANTS[name]
+  blocks, batch_norm = registry.variant(name, VARIANTS)
   return VGG(
     blocks=blocks,
     num_classes=num_classes,
@@ -366,12 +357,6 @@ def make(
 
 # Public names.
 
-_LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "mean": "running_mean",
-  "var": "running_var",
-}
 # Of the whole VGG-19 in the public file, what comes after relu4_1.
 _AFTER = tuple(f"{i}." for i in (32, 35, 38, 42, 45, 48, 51))
 
@@ -428,7 +413,7 @@ def to_state_dict(
   names, out = _names(net), {}
   for tree in (params, collections.get("batch_stats", {})):
     for (part, leaf), value in traverse_util.flatten_dict(tree).items():
-      name = f"{names[part]}.{_LEAVES.get(leaf, leaf)}"
+      name = f"{names[part]}.{LEAVES.get(leaf, leaf)}"
       out[name] = _public(part, np.asarray(value))
   return out
 
@@ -478,7 +463,7 @@ def from_state_dict(
   def read(path: tuple[str, ...], leaf: Any) -> Any:
     part, name = path
     shape = _public(part, np.broadcast_to(np.float32(0), leaf.shape)).shape
-    value = given.take(f"{names[part]}.{_LEAVES.get(name, name)}", shape)
+    value = given.take(f"{names[part]}.{LEAVES.get(name, name)}", shape)
     return None if value is None else _own(part, value, leaf)
 
   out = [

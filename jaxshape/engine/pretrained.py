@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxshape.backbones import registry
+from jaxshape.backbones import registry, tensors
 from jaxshape.engine import (
   abstract,
   checkpoints,
@@ -24,7 +24,6 @@ from jaxshape.engine import (
   pytorch,
 )
 from jaxshape.errors import InputError, few
-from jaxshape.layers import apply
 from jaxshape.system import TrainState
 from jaxshape.typing import Config, PyTree
 
@@ -79,13 +78,12 @@ def start(config: Config, net: Any) -> classifiers.Start | None:
   """
   if not config.get("pretrained"):
     return None
-  head = registry.find(config.backbone).HEAD
 
   def taken(params: PyTree, collections: PyTree) -> tuple[PyTree, PyTree]:
     if abstract.asked():
       return params, collections
     backbone, statistics = jax.tree.map(jnp.asarray, load(config, net))
-    return {**backbone, head: params[head]}, statistics
+    return {**params, **backbone}, statistics
 
   return taken
 
@@ -106,9 +104,9 @@ def load(config: Config, net: Any) -> tuple[PyTree, PyTree]:
       another network.
   """
   if _is_file(config.pretrained):
-    tensors = pytorch.load(config.pretrained)
+    found = pytorch.load(config.pretrained)
     backbone = registry.find(config.backbone)
-    return backbone.from_state_dict(net, tensors, head=False)
+    return backbone.from_state_dict(net, found, head=False)
   # Arrays that are known, also where `init` is only traced.
   with jax.ensure_compile_time_eval():
     return _of_run(config, net)
@@ -116,10 +114,7 @@ def load(config: Config, net: Any) -> tuple[PyTree, PyTree]:
 
 def _of_run(config: Config, net: Any) -> tuple[PyTree, PyTree]:
   path = config.pretrained
-  image = jax.ShapeDtypeStruct((1, net.stride, net.stride, 3), jnp.float32)
-  params, collections = jax.eval_shape(
-    lambda x: apply.init(net, jax.random.key(0), x, train=False), image
-  )
+  params, collections = tensors.shapes(net)
   # A head of another number of classes is not even read.
   head = registry.find(config.backbone).HEAD
   params = {name: part for name, part in params.items() if name != head}

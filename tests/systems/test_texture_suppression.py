@@ -384,3 +384,19 @@ def test_weights_have_the_names_of_the_backbones_public_code(tmp_path):
   chex.assert_trees_all_equal_shapes_and_dtypes(shapes.params, begun.params)
   with pytest.raises(InputError, match=r"a\.safetensors is not there"):
     tuned.init(KEY)
+
+
+def test_what_a_file_leaves_out_is_fresh(tmp_path):
+  # Of a VGG network no linear layer is taken, not the last one alone.
+  options = {"backbone": "vgg11", "width": 2, "stem": ""}
+  system = system_lib.load(_config(**options))
+  state = jax.jit(system.init)(KEY)
+  path = tmp_path / "a.safetensors"
+  pytorch.save(path, system.weights.save(state))
+  tuned = system_lib.load(_config(pretrained=str(path), **options))
+  begun = jax.jit(tuned.init)(jax.random.key(5))
+  chex.assert_trees_all_equal_shapes(begun.params, state.params)
+  ours, theirs = begun.params["net"], state.params["net"]
+  for name in ours:
+    same = (ours[name]["kernel"] == theirs[name]["kernel"]).all()
+    assert same == (not name.startswith("fc")), name
