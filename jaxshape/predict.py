@@ -33,9 +33,14 @@ import numpy as np
 from tqdm import tqdm
 import xxhash
 
-from jaxshape import system as system_lib
 from jaxshape.data import decode, photos, sources, stream
-from jaxshape.engine import classifiers, command, processes, runtime
+from jaxshape.engine import (
+  classifiers,
+  command,
+  processes,
+  runtime,
+  trained,
+)
 from jaxshape.errors import InputError, few, reading_config
 from jaxshape.metrics import categories as categories_lib
 from jaxshape.typing import Array, Config
@@ -86,36 +91,18 @@ def load(
   Raises:
     InputError: Nothing intact was trained there, or no classifier of images.
   """
-  config = command.read_config(workdir)
-  mesh = runtime.make_mesh({"data": -1, "model": 1})
-  refused = InputError(
-    f"{os.fspath(workdir)} is a run of {config.system!r}, which gives no "
-    "logits of images; name a run of a classifier with --workdir=runs/<name>."
-  )
-  data = config.get("data", {})
-  if "train_split" not in data or "image_size" not in data:
-    raise refused
-  system = system_lib.load(config)
+  found = trained.classifier(workdir, step=step)
   with reading_config():
-    splits = classifiers.Splits(config)
-    decoder = _decoder(config, splits)
-
-  def logits(state: Any, images: Any) -> Array:
-    return system.predict(state, {"image": images})
-
-  size = decoder.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-  like = runtime.abstract_state(system.init, jax.random.key(0), mesh)
-  try:
-    shape = jax.eval_shape(logits, like, images).shape
-  except (AttributeError, KeyError) as error:
-    raise refused from error
-  if shape != (1, len(splits.classes)):
-    raise refused
-  state = runtime.restored(system, config, workdir, mesh, step=step)
-  state = state.replace(opt_state={})  # Twice the parameters, and not read.
-  independent = config.get("task") == "multilabel"
-  return Network(logits, state, splits.classes, decoder, mesh, independent)
+    decoder = _decoder(found.config, found.splits)
+  independent = found.config.get("task") == "multilabel"
+  return Network(
+    found.logits,
+    found.state,
+    found.splits.classes,
+    decoder,
+    found.mesh,
+    independent,
+  )
 
 
 def _decoder(config: Config, splits: classifiers.Splits) -> decode.Decoder:

@@ -3,6 +3,8 @@
 from benchmarks.claims import Claim, Study
 
 PLAIN, TWIN, MMSI = "plain", "ce", "mmsi"
+# Short, and the term counts from the first step on.
+EARLY = {"steps": 1000, "weights.mutual": 0.1, "mutual.start": 0}
 ORIGINALS = {"weights.mutual": 0.0, "weights.stylized": 0.0}
 # What the attacked images are made on, and how much is measured.
 BENCH = {
@@ -25,13 +27,19 @@ PAPER = {
 STUDY = Study(
   config="configs/mmsi.py:small",
   variants={
-    PLAIN: {**ATTACKED, **ORIGINALS},
-    TWIN: {**ATTACKED, "weights.mutual": 0.0},
-    MMSI: ATTACKED,
+    PLAIN: {**ATTACKED, **EARLY, **ORIGINALS},
+    TWIN: {**ATTACKED, **EARLY, "weights.mutual": 0.0},
+    MMSI: {**ATTACKED, **EARLY},
   },
   # Other networks, other orders and other pictures for each seed.
   seeded=("seed", "data.options.seed"),
-  before={**BENCH, **ORIGINALS, "seed": 1001, "data.options.seed": 1001},
+  before={
+    **BENCH,
+    **EARLY,
+    **ORIGINALS,
+    "seed": 1001,
+    "data.options.seed": 1001,
+  },
   known_as="bench.attacks.surrogate",
   metrics=(
     "test/top1",

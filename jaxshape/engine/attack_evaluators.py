@@ -18,17 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 import numpy as np
 
-from jaxshape import system as system_lib
 from jaxshape.attacks import gradient
 from jaxshape.engine import (
-  classifiers,
-  command,
   comparison,
   evaluators,
   report,
   runtime,
+  trained,
 )
-from jaxshape.errors import InputError, few, reading_config
+from jaxshape.errors import InputError, few
 from jaxshape.metrics import classification
 from jaxshape.system import Evaluator, TrainState
 from jaxshape.typing import Array, Batch, PyTree
@@ -104,32 +102,10 @@ def load_surrogate(
     raise InputError(
       "the attacks' surrogate must be the --workdir of a run, got ''."
     )
-  config = command.read_config(workdir)
-  devices = runtime.make_mesh(mesh or {"data": -1, "model": 1})
-  system = system_lib.load(config)
-  refused = InputError(
-    f"{name} is a run of {config.system!r}, which gives no logits of images, "
-    "so nothing can be attacked on it; name a run of a classifier."
+  found = trained.classifier(workdir, mesh=mesh, step=step)
+  return Surrogate(
+    name, found.logits, found.state, found.splits.classes, found.mesh
   )
-  if "data" not in config or "train_split" not in config.data:
-    raise refused
-  with reading_config():
-    classes = classifiers.Splits(config).classes
-  state = runtime.restored(system, config, workdir, devices, step=step)
-  state = state.replace(opt_state={})  # Twice the parameters, and not read.
-
-  def logits(state: TrainState, images: Any) -> Array:
-    return system.predict(state, {"image": images})
-
-  size = config.data.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  try:
-    shape = jax.eval_shape(logits, state, images).shape
-  except (AttributeError, KeyError) as error:
-    raise refused from error
-  if shape != (1, len(classes)):
-    raise refused
-  return Surrogate(name, logits, state, classes, devices)
 
 
 def metric(attack: str, epsilon: float) -> str:

@@ -12,6 +12,7 @@
 | Sec. 4, fine-tuning on IN | `init_from` another run, weights 1, 0, 0 |
 | ShapeNet, the baseline of each | the same with `config.weights.mutual=0` |
 | Table 7, S5, S5 + S4, S5 ... S2 | `config.mutual.stages` |
+| not in the paper, l_MMSI from a step on | `config.mutual.start` |
 
 x is an image, s and s' are its stylised versions. Images are 0..255 until they
 enter the network. An image is augmented first and stylised then, on the device,
@@ -29,6 +30,7 @@ Reference:
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -43,13 +45,15 @@ from jaxshape.errors import InputError
 from jaxshape.filters import stylization
 from jaxshape.layers import apply
 from jaxshape.losses import mutual_information
-from jaxshape.system import System
+from jaxshape.system import System, TrainState
 from jaxshape.typing import Array, Batch, Config, Metrics, PyTree
 
 METHODS = ("statistics", "adain")
 WEIGHTS = ("original", "mutual", "stylized")
 # The views of an image, by the paper's names.
 ORIGINAL, STYLIZED = "x", ("s", "s'")
+# Of a batch: 1 for every example once l_MMSI counts, before that 0.
+COUNTS = "mutual_counts"
 
 Restyle = Callable[[Array, Array], Array]
 
@@ -67,7 +71,11 @@ class Seen(NamedTuple):
 
 
 def objective(
-  config: Config, seen: Mapping[str, Seen], batch: Batch
+  config: Config,
+  seen: Mapping[str, Seen],
+  batch: Batch,
+  *,
+  mutual: Array | float = 1.0,
 ) -> tuple[Array, Metrics]:
   """Weighs what the network makes of the views (Eq. 4).
 
@@ -78,6 +86,7 @@ def objective(
     config: With `weights`, `mutual` and `label_smoothing`.
     seen: "x", or "s" and "s'", or all three.
     batch: With "label", or also "target".
+    mutual: What l_MMSI is multiplied by besides its weight.
 
   Returns:
     The loss, and what is worth watching.
@@ -101,7 +110,7 @@ def objective(
     for z, other in zip(*(seen[name].latents for name in STYLIZED), strict=True)
   ]
   shared = jnp.stack(losses).mean()
-  total += config.weights.mutual * shared
+  total += config.weights.mutual * mutual * shared
   metrics["top1_stylized"] = sum(right[name] for name in STYLIZED) / 2
   metrics["mutual_information"] = -shared
   return total, metrics
@@ -148,7 +157,7 @@ def make(config: Config) -> System:
       "config.backbone must be a residual network, whose stages are compared, "
       f"got {config.backbone!r}; there are: {', '.join(resnet.VARIANTS)}"
     )
-  stages = _stages(config, len(net.stage_sizes))
+  stages, first = _stages(config, len(net.stage_sizes)), _start(config)
   normalize = classifiers.normalizer(config)
   augmentation = augment.make(config.augment, num_classes=len(splits.classes))
   weights = config.weights
@@ -184,7 +193,7 @@ def make(config: Config) -> System:
       stages=stages,
       separate=config.separate_views,
     )
-    total, metrics = objective(config, seen, batch)
+    total, metrics = objective(config, seen, batch, mutual=batch[COUNTS].mean())
     return total, ({**extra, classifiers.NET: collections}, metrics)
 
   def examples(source: sources.Source) -> sources.Source:
@@ -194,7 +203,7 @@ def make(config: Config) -> System:
     return styles.Styled(source, _styles(config), count=len(STYLIZED))
 
   classifier = classifiers.classifier(net, normalize, splits.classes)
-  return classifiers.system(
+  system = classifiers.system(
     config,
     net,
     loss,
@@ -203,6 +212,18 @@ def make(config: Config) -> System:
     start=pretrained.start(config, net),
     examples=examples,
   )
+  step = system.train_step
+  assert step is not None
+
+  def train_step(
+    state: TrainState, batch: Batch, key: Array
+  ) -> tuple[TrainState, Metrics]:
+    counts = (state.step >= first).astype(jnp.float32)
+    # By example, so that parts of a batch have theirs.
+    by_example = jnp.broadcast_to(counts, jnp.shape(batch["label"]))
+    return step(state, {**batch, COUNTS: by_example}, key)
+
+  return dataclasses.replace(system, train_step=train_step)
 
 
 def _see(
@@ -267,6 +288,16 @@ def _stages(config: Config, count: int) -> tuple[int, ...]:
       f"{names}."
     )
   return tuple(sorted({n - 1 if n > 0 else count + n for n in names}))
+
+
+def _start(config: Config) -> int:
+  """The step from which on l_MMSI counts; old runs have no such field."""
+  start = config.mutual.get("start", 0)
+  if start < 0:
+    raise InputError(
+      f"config.mutual.start must be a step from 0 up, got {start}."
+    )
+  return start
 
 
 def _check(config: Config) -> None:

@@ -209,6 +209,19 @@ def test_separate_views_are_normalized_by_themselves():
   )
 
 
+def test_the_term_counts_from_its_step_on():
+  options = {"mutual.start": 2, "accumulate": 2, "optimizer.warmup_steps": 0}
+  system, batch = system_lib.load(_config(**options)), _batch()
+  state, step = system.init(jax.random.key(0)), jax.jit(system.train_step)
+  losses = {}
+  for number in (1, 2):
+    _, metrics = step(state.replace(step=jnp.int32(number)), batch, KEY)
+    losses[number] = metrics["net/loss"]
+  shared = metrics["net/mutual_information"]
+  assert shared > 0.01
+  np.testing.assert_allclose(losses[2], losses[1] - 0.8 * shared, rtol=1e-4)
+
+
 def test_twins_see_the_same_images_and_styles():
   batches = []
   for mutual in (0.8, 0.0):
@@ -297,6 +310,7 @@ def test_styles_are_drawn_by_networks_from_files(tmp_path):
     ("mutual.stages", (), r"mutual.stages must be some of the 3 .*got \(\)"),
     ("mutual.stages", (0,), r"mutual.stages must be .*got \(0,\)"),
     ("mutual.stages", (1, 4), r"mutual.stages must be .*got \(1, 4\)"),
+    ("mutual.start", -1, "mutual.start must be a step from 0 up, got -1"),
     ("mutual.epsilon", 1.0, "mutual.epsilon must be .*1.0"),
     ("style.method", "paint", "style.method must be one of .*'paint'"),
     ("style.alpha", 1.5, r"style.alpha must be in 0\.\.1, got 1.5"),
