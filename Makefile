@@ -30,7 +30,7 @@ bench: .venv/test
 	$(BIN)/python -m benchmarks.filters
 
 claims: .venv/train
-	$(BIN)/python -m benchmarks.claims texture_suppression
+	$(BIN)/python -m benchmarks.claims texture_suppression --seeds 0 1 2 3 4 5
 
 .venv/train: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

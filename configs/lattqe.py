@@ -158,8 +158,9 @@ def _generated(config: Config) -> None:
   config.bench.sizes = (1, 2, 4, 8, 16, 24)
   config.bench.rivals.database_sizes = (2, 4, 8)
   config.loss.auxiliary = 0.5
-  config.dba.start = 2000
-  config.steps = config.dba.start + 150
+  config.steps = 2150
+  # 2000 of them for the network, and as large a share of longer runs.
+  config.dba.start = config.get_ref("steps") * 40 // 43
   config.pool.size = 8000
   config.refresh_every = 500
   config.save_every = 500
@@ -170,4 +171,4 @@ def _generated(config: Config) -> None:
   config.optimizer.weight_decay = 0.1
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
-  config.optimizer.total_steps = 2000
+  config.optimizer.total_steps = config.get_ref("steps") * 40 // 43

@@ -4,8 +4,8 @@ python train.py --config=configs/mmsi.py:small --workdir=runs/x
 
 Every scheme of the paper is a choice of `config.weights`:
   SIN+IN, Eq. 4           the default: original 1, mutual 0.8, stylized 0.1
-  SIN                     --config=...:imagenet_sin (or small_sin), which is
-                          original 0, mutual 0.8, stylized 0.5
+  SIN                     --config=...:imagenet_sin, which is original 0,
+                          mutual 0.8, stylized 0.5 (small_sin: mutual 0.3)
   IN                      --config.weights.mutual=0 --config.weights.stylized=0
   "MMSI", fine-tuned      --config=...:small_finetune --config.init_from=runs/x
   the baseline "ShapeNet" the same commands with --config.weights.mutual=0
@@ -210,7 +210,7 @@ def _generated(config: Config) -> None:
   # term does more, and costs nothing, once it can (mmsi_late.py beside it).
   config.weights.mutual = 0.3
   config.mutual.axis = "batch"
-  config.mutual.start = 700
+  config.mutual.start = config.get_ref("steps") * 7 // 20
   config.data.source = "textured_shapes"
   config.data.image_size = 48
   config.data.eval_splits = (
@@ -268,5 +268,4 @@ def _domains(config: Config) -> None:
   config.bench.saliency = ()
   config.bench.stylized = ("photo_val",)
   config.bench.dimensionality = "photo_val"
-  config.mutual.start = 200
   config.steps = 600

@@ -11,6 +11,8 @@ STUDY = Study(
     "untrained": {
       "data.eval_splits": ("test",),
       "steps": 1,
+      "dba.start": 2000,
+      "optimizer.total_steps": 2000,
       "optimizer.learning_rate": 0.0,
       "bench.compare": False,
     },

@@ -209,6 +209,7 @@ def _checked(config: Config) -> Config:
   attacks, some = bench.attacks, ("corruption", "dimensionality")
   counts = {f"{name}_examples": bench[f"{name}_examples"] for name in some}
   counts["attacks.examples"] = attacks.examples
+  of_stimuli = [n for n in _named(bench) if n.startswith(STIMULI)]
   refusals = [
     *(
       (count < 0, f"{name} must be 0 or more, got {count}.")
@@ -256,6 +257,12 @@ def _checked(config: Config) -> Config:
       "'imagenet', got ''.",
     ),
     (
+      bench.stimuli
+      and not any((bench.cue_conflict, bench.stimuli_splits, *of_stimuli)),
+      "cue_conflict must name what to measure the shape bias on of "
+      f"{bench.stimuli!r}, such as 'cue_conflict', got ''.",
+    ),
+    (
       bench.stimuli_splits and not bench.categories,
       "stimuli must name the data of bench.stimuli_splits, labelled by "
       "bench.categories, got ''.",
@@ -265,8 +272,7 @@ def _checked(config: Config) -> Config:
         not bench.categories,
         f"categories and bench.stimuli must be given for {name!r}, got ''.",
       )
-      for name in _named(bench)
-      if name.startswith(STIMULI)
+      for name in of_stimuli
     ),
     *(
       (

@@ -33,13 +33,17 @@ _FILES = (".pth", ".pt", ".safetensors")
 
 
 def adopt(config: Config) -> Config:
-  """A config with the backbone of the run that it starts from.
+  """Gives a config the backbone of the run that it starts from.
+
+  What is adopted stays in the config, and so beside the run that is trained
+  with it: that one can be used where the run it started from is gone.
 
   Args:
-    config: With `pretrained` and what is `ADOPTED`.
+    config: With `pretrained` and what is `ADOPTED`; as it is where `pretrained`
+      is empty or a file, else changed.
 
   Returns:
-    The same config where `pretrained` is empty or a file.
+    The same config.
 
   Raises:
     InputError: There is no such run, or it trained no classifier.
@@ -49,6 +53,8 @@ def adopt(config: Config) -> Config:
   try:
     theirs = command.read_config(config.pretrained)
   except InputError as error:
+    if config.get("adopted_from") == config.pretrained:
+      return config
     raise InputError(
       f"config.pretrained: {error} To go without it, as when a finished run is "
       f"evaluated, give config.pretrained='' and {', '.join(ADOPTED)}."
@@ -59,10 +65,11 @@ def adopt(config: Config) -> Config:
       f"{theirs.system!r}, whose config has no {', '.join(missing)}; give one "
       "that trained a classifier."
     )
-  out = config.copy_and_resolve_references()
-  for name in ADOPTED:
-    out[name] = theirs[name]
-  return out
+  with config.unlocked():
+    for name in ADOPTED:
+      config[name] = theirs[name]
+    config.adopted_from = config.pretrained
+  return config
 
 
 def start(config: Config, net: Any) -> classifiers.Start | None:

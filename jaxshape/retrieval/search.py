@@ -71,7 +71,11 @@ def _result(found: tuple[jax.Array, jax.Array]) -> Neighbours:
 
 
 def _traced(*values: Any) -> bool:
-  return any(isinstance(x, core.Tracer) for x in values)
+  """Whether a value is not known yet, or nothing that is computed now will be.
+
+  Within jit that holds for what is computed of known arrays too.
+  """
+  return any(isinstance(x, core.Tracer) for x in (*values, jnp.zeros(())))
 
 
 @jax.jit
@@ -529,7 +533,7 @@ def build_index(
   )
   piece = max(1, MEMORY // (16 * max(width, 1)))
   for start in range(0, count, piece):
-    part = jnp.asarray(data[start : start + piece])
+    part = _native(data[start : start + piece])
     if check and not _traced(part):
       _refuse_bad("rows", ~np.asarray(_sizes(part)[1]), start=start)
       normalized = normalized and not _warn_of_norms("rows", part, None)
@@ -566,7 +570,7 @@ def add(
 
   Source: `faiss.IndexIDMap.add_with_ids`, with ids that are given back.
   """
-  data = jnp.asarray(rows)
+  data = _native(rows)
   _check_width(data, index)
   if check and not _traced(data):
     _refuse_bad("rows", ~np.asarray(_sizes(data)[1]))
@@ -678,6 +682,13 @@ def search(
   rows = Rows(index.rows, scales, index.valid)
   step = lambda w, q, e: w.over_rows(q, rows, e)
   return _result(way.over_queries(step, queries, exclude)[0])
+
+
+def _native(rows: Any) -> jax.Array:
+  """Rows on the device, also those of a file in the other byte order."""
+  if isinstance(rows, np.ndarray) and not rows.dtype.isnative:
+    rows = rows.astype(rows.dtype.newbyteorder("="))
+  return jnp.asarray(rows)
 
 
 def _check_width(rows: Any, index: Index) -> None:

@@ -100,19 +100,28 @@ def expand(
   return _expanded(net, params, query, neighbours, mask, database=database)[0]
 
 
-def expander(params: PyTree, *, heads: int, database: bool = False) -> Any:
+def expander(
+  params: PyTree, *, heads: int, database: bool = False, visual: bool = True
+) -> Any:
   """A trained network in the form of the functions of `retrieval.expansion`.
 
   Args:
     params: As in `expand`, like what follows.
     heads: As the network was trained.
     database: Whether rows of the database are to be expanded.
+    visual: Whether the network was trained to see descriptors.
 
   Returns:
     For example for `expansion.augment_database(database, k=48, expand=...)`.
   """
   one = lambda params, query, near, _, mask: expand(
-    params, query, near, mask=mask, heads=heads, database=database
+    params,
+    query,
+    near,
+    mask=mask,
+    heads=heads,
+    database=database,
+    visual=visual,
   )
   return jax.tree_util.Partial(one, params)
 

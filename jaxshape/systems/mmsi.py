@@ -293,9 +293,10 @@ def _stages(config: Config, count: int) -> tuple[int, ...]:
 def _start(config: Config) -> int:
   """The step from which on l_MMSI counts; old runs have no such field."""
   start = config.mutual.get("start", 0)
-  if start < 0:
+  if not 0 <= start < config.steps and config.weights.mutual:
     raise InputError(
-      f"config.mutual.start must be a step from 0 up, got {start}."
+      "config.mutual.start must be a step before the last, from 0 to below "
+      f"config.steps={config.steps}, got {start}."
     )
   return start
 

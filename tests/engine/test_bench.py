@@ -510,6 +510,10 @@ def test_labels_are_renumbered_by_the_names_of_their_classes():
     ({"attacks__white_box": (1.0,)}, "attacks.split must name the split"),
     ({"corrupted": "folder:x"}, "corrupted must be corrupted:<folder>, got 'f"),
     ({"stimuli": "folder:x"}, "categories must say what labels .*'folder:x'"),
+    (
+      {"stimuli": "folder:x", "categories": "imagenet", "cue_conflict": ""},
+      "cue_conflict must name what to measure the shape bias on of 'folder:x'",
+    ),
     ({"stimuli_splits": ("edges",)}, "stimuli must name the data"),
     ({"saliency": ("stimuli:edges",)}, "given for 'stimuli:edges', got ''"),
     ({"dimensionality": "stimuli:x"}, "given for 'stimuli:x', got ''"),

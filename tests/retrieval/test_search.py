@@ -171,6 +171,31 @@ def test_top_k_under_jit_agrees_and_hides_nan():
   _equal(run(queries, database, exclude), want)
 
 
+def test_known_arrays_within_jit_are_searched_unchecked():
+  queries, database = (jnp.asarray(x) for x in _unit(rows=9))
+  ids = jnp.arange(QUERIES)
+  want = search.top_k(queries, database, k=3, exclude=ids).indices
+  run = jax.jit(
+    lambda e: search.top_k(queries, database, k=3, exclude=e).indices
+  )
+  np.testing.assert_array_equal(run(ids), want)
+  index = search.build_index(database, capacity=20)
+  found = jax.jit(lambda i: search.search(i, queries, k=3).indices)(index)
+  np.testing.assert_array_equal(found, search.search(index, queries, k=3)[1])
+  more = jax.jit(lambda i: search.add(i, queries)[0].valid)(index)
+  assert more.sum() == 9 + QUERIES
+  scores = jax.jit(lambda x: x @ search.normalize(database).T)(queries)
+  np.testing.assert_allclose(scores, queries @ database.T, atol=1e-6)
+
+
+def test_an_index_takes_rows_of_the_other_byte_order():
+  _, database = _unit(rows=9)
+  swapped = database.astype(database.dtype.newbyteorder())
+  index = search.build_index(swapped, capacity=18)
+  index, _ = search.add(index, swapped)
+  np.testing.assert_array_equal(index.rows, np.tile(database, (2, 1)))
+
+
 def test_many_blocks_under_jit_are_a_loop():
   queries, database = _exact(queries=300, rows=50)
   want = _by_sorting(queries, database, 3)

@@ -174,6 +174,21 @@ def test_as_a_method_it_augments_a_database(tiny):
   np.testing.assert_allclose(got, want, atol=3e-6)
 
 
+def test_a_method_that_sees_no_descriptors_is_that_network(tiny):
+  config, _, state, batch = tiny
+  options = {"heads": config.network.heads, "visual": False}
+  near = batch["neighbours"]
+  want = lattqe.expand(state.params, batch["query"], near, **options)
+  method = lattqe.expander(state.params, **options)
+  mask = np.ones(near.shape[:2], bool)
+  got = method(batch["query"], near, None, mask)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  seen = lattqe.expand(
+    state.params, batch["query"], near, heads=config.network.heads
+  )
+  assert np.abs(got - seen).max() > 1e-3
+
+
 def test_what_is_masked_leaves_no_trace_and_nan_stays_nan(tiny):
   config, _, state, batch = tiny
   expand = functools.partial(

@@ -1,3 +1,4 @@
+import shutil
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from configs import texture_suppression
 from configs import transfer as configs
 from jaxshape import system as system_lib
 from jaxshape.backbones import resnet
-from jaxshape.engine import checkpoints, command, pretrained, pytorch
+from jaxshape.engine import checkpoints, command, pretrained, pytorch, runtime
 from jaxshape.errors import InputError
 from jaxshape.system import TrainState
 from jaxshape.systems import transfer
@@ -156,6 +157,25 @@ def test_a_run_gives_its_backbone_and_all_but_its_head(run):
   assert not _apart(other.extra["net"], state.extra["net"])
   assert state.params["net"]["fc"]["kernel"].shape == (24, 20)
   assert pretrained.adopt(config).std == (50.0, 60.0, 70.0)
+
+
+def test_a_finished_run_does_not_need_the_run_it_began_with(run, tmp_path):
+  moved, own = tmp_path / "moved", tmp_path / "own"
+  shutil.copytree(run[0], moved)
+  config = _config(pretrained=str(moved))
+  system = system_lib.load(config)
+  state = jax.jit(system.init)(jax.random.key(5))
+  saved = checkpoints.Checkpoints(own)
+  saved.save(state, config=config.to_dict(), metrics={})
+  saved.wait()
+  command.write_config(config, own)
+  shutil.rmtree(moved)
+  again = command.read_config(own)
+  mesh = runtime.make_mesh(again.mesh)
+  got = runtime.restored(system_lib.load(again), again, own, mesh)
+  assert not _apart(state.params["net"], got.params["net"])
+  with pytest.raises(InputError, match="moved is not there"):
+    system_lib.load(_config(pretrained=str(moved)))
 
 
 def test_features_that_stay_are_seen_once_and_say_the_same(run):
