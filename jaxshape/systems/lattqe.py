@@ -115,14 +115,9 @@ def expander(
     For example for `expansion.augment_database(database, k=48, expand=...)`.
   """
   one = lambda params, query, near, _, mask: expand(
-    params,
-    query,
-    near,
-    mask=mask,
-    heads=heads,
-    database=database,
-    visual=visual,
-  )
+    params, query, near,
+    mask=mask, heads=heads, database=database, visual=visual,
+  )  # fmt: skip
   return jax.tree_util.Partial(one, params)
 
 
