@@ -207,7 +207,7 @@ def _generated(config: Config) -> None:
   config.std = (64.0, 64.0, 64.0)
   # With the paper's weights and one rho per image, so small a network makes all
   # images alike before it can tell them apart (benchmarks/claims/mmsi.py). The
-  # term does more, and costs nothing, once it can (mmsi_late.py beside it).
+  # term does more, at little cost, once it can (mmsi_late.py beside it).
   config.weights.mutual = 0.3
   config.mutual.axis = "batch"
   config.mutual.start = config.get_ref("steps") * 7 // 20

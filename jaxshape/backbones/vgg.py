@@ -31,7 +31,7 @@ import numpy as np
 
 from jaxshape.backbones import registry
 from jaxshape.backbones.tensors import LEAVES, Tensors
-from jaxshape.layers import apply, small_maps
+from jaxshape.layers import apply, windows
 from jaxshape.typing import Array, ArrayLike, Float, PyTree, typed
 
 Dtype = Any
@@ -108,7 +108,7 @@ class Convolution(nn.Module):
     if self.reflect and pad:
       x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), "reflect")
       pad = 0
-    y = small_maps.conv(x, kernel, padding=pad)
+    y = windows.conv(x, kernel, padding=pad)
     return y + bias.astype(self.dtype)
 
 

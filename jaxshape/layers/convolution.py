@@ -12,6 +12,7 @@ Reference:
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxshape.layers import windows
 from jaxshape.typing import Array, ArrayLike, Float, typed
 
 Dtype = Any
@@ -163,7 +165,7 @@ def patch_moments(
   def square(inside: Array, slab: Array) -> Array:
     # Centred first, or far-away coordinates would cancel; summed per example,
     # so that devices which share a batch meet only once, after the loop.
-    patches = (_window(slab, kernel) - mean) * inside
+    patches = (windows.window(slab, (kernel, kernel)) - mean) * inside
     return jnp.einsum(
       "bhwk,bhwl->bkl", patches, patches, precision=lax.Precision.HIGHEST
     )[:, None, None]
@@ -426,7 +428,7 @@ class SpatiallyAdaptiveConv(nn.Module):
     def adapt(
       x: Array, raw: Array, kernel: Array, bias: Array, weight: Array
     ) -> Array:
-      patches = _window(raw, size)
+      patches = windows.window(raw, (size, size))
       flat = kernel.reshape(-1, *axes)
 
       def attention(t: int) -> Array:
@@ -519,19 +521,6 @@ def _pad(x: Array, halo: int, below: int = 0) -> Array:
   return jnp.pad(x, wide + sides)
 
 
-def _shift(padded: Array, size: int, tap: int) -> Array:
-  """The image as one tap of the window sees it, from a padded one."""
-  i, j = divmod(tap, size)
-  height, width = (n - size + 1 for n in padded.shape[-3:-1])
-  return padded[..., i : i + height, j : j + width, :]
-
-
-def _window(padded: Array, size: int) -> Array:
-  """All that a window sees, tap by tap, as channels."""
-  taps = [_shift(padded, size, t) for t in range(size**2)]
-  return jnp.concatenate(taps, axis=-1)
-
-
 def _adapt(
   padded: Array, attention: Callable[[int], Array], weight: Array
 ) -> Array:
@@ -540,7 +529,7 @@ def _adapt(
   y: Any = 0
   weight = weight.reshape(-1, inputs, outputs)
   for t in range(size**2):
-    x, a, w = _shift(padded, size, t), attention(t), weight[t]
+    x, a, w = windows.shift(padded, (size, size), t), attention(t), weight[t]
     if a.shape[-1] == 1:
       y = y + (x * a[..., 0]) @ w
     else:
@@ -550,7 +539,8 @@ def _adapt(
 
 def _alike(padded: Array, size: int, tap: int) -> Array:
   """The Gaussian of one tap's difference from the window's middle."""
-  difference = _shift(padded, size, tap) - _shift(padded, size, size**2 // 2)
+  seen = functools.partial(windows.shift, padded, (size, size))
+  difference = seen(tap) - seen(size**2 // 2)
   square = jnp.sum(difference**2, axis=-1)
   return jnp.exp(-square / 2)[..., None, None]
 
@@ -607,14 +597,7 @@ def _over_rows(
 
 def _convolve(x: Array, kernel: Array) -> Array:
   """A plain convolution that keeps the image's size."""
-  pad = kernel.shape[0] // 2
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    window_strides=(1, 1),
-    padding=[(pad, pad), (pad, pad)],
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  return windows.conv(x, kernel, padding=kernel.shape[0] // 2)
 
 
 def _highest(x: Array, size: int, axis: int) -> Array:

@@ -5,7 +5,7 @@ from jaxtyping import TypeCheckError
 import numpy as np
 import pytest
 
-from jaxshape.layers import small_maps
+from jaxshape.layers import windows
 
 
 def _by_hand(x, kernel, stride, padding):
@@ -44,7 +44,7 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
   weights = rng.normal(size=(*kernel, 3, 4)).astype(np.float32)
 
   def ours(x, weights):
-    return small_maps.conv(x, weights, stride=stride, padding=padding)
+    return windows.conv(x, weights, stride=stride, padding=padding)
 
   def theirs(x, weights):
     return lax.conv_general_dilated(
@@ -65,4 +65,4 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
 
 def test_what_does_not_fit_is_refused():
   with pytest.raises(TypeCheckError):
-    small_maps.conv(np.zeros((1, 2, 2, 3)), np.zeros((3, 3, 4, 5)), padding=1)
+    windows.conv(np.zeros((1, 2, 2, 3)), np.zeros((3, 3, 4, 5)), padding=1)

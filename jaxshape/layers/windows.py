@@ -1,7 +1,9 @@
-"""Convolutions that stay fast on maps of a few pixels.
+"""What windows see of maps, and convolutions that are fast on the smallest.
 
 Source: what XLA's CPU compiler makes of `lax.conv_general_dilated`, measured.
 """
+
+import math
 
 from jax import lax
 import jax.numpy as jnp
@@ -45,15 +47,30 @@ def conv(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
   x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-  # What lies under one weight of the kernel, for all of them.
-  patches = [
-    x[
-      :,
-      i : i + stride * (height - 1) + 1 : stride,
-      j : j + stride * (width - 1) + 1 : stride,
-    ]
-    for i in range(rows)
-    for j in range(columns)
-  ]
   weights = kernel.reshape(rows * columns * channels, features)
-  return jnp.einsum("bhwc,cd->bhwd", jnp.concatenate(patches, -1), weights)
+  seen = window(x, (rows, columns), stride=stride)
+  return jnp.einsum("bhwc,cd->bhwd", seen, weights)
+
+
+def shift(
+  padded: Array, size: tuple[int, int], tap: int, *, stride: int = 1
+) -> Array:
+  """The map as one tap of a window sees it.
+
+  Args:
+    padded: [..., height, width, channels], with its border.
+    size: Rows and columns of the window.
+    tap: Row by row, from 0.
+    stride: Of the window, in both directions.
+  """
+  i, j = divmod(tap, size[1])
+  height, width = (
+    n - part + 1 for n, part in zip(padded.shape[-3:-1], size, strict=True)
+  )
+  return padded[..., i : i + height : stride, j : j + width : stride, :]
+
+
+def window(padded: Array, size: tuple[int, int], *, stride: int = 1) -> Array:
+  """All that a window sees, tap by tap, as channels; arguments of `shift`."""
+  taps = [shift(padded, size, t, stride=stride) for t in range(math.prod(size))]
+  return jnp.concatenate(taps, axis=-1)
